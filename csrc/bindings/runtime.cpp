@@ -1,0 +1,74 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/level.h"
+#include "cpu/parallel.h"
+#include "cpu/processor.h"
+
+namespace py = pybind11;
+
+namespace p2pfast {
+namespace {
+
+// The levels compiled into this module, lowest first.
+std::vector<std::string> compiled_levels() {
+#ifdef P2PFAST_X86
+  return {level_name(Level::kBaseline), level_name(Level::kAvx2), level_name(Level::kAvx512),
+          level_name(Level::kAvx512Bf16)};
+#else
+  return {level_name(Level::kBaseline)};
+#endif
+}
+
+std::string missing_for_name(const std::string& name) {
+  for (int i = 0; i < kLevels; ++i) {
+    if (name == level_name(static_cast<Level>(i))) return missing_for(static_cast<Level>(i));
+  }
+  throw std::invalid_argument("level " + name + " is unknown");
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = P2PFAST_BUILD_COMPILER;
+  info["build_type"] = P2PFAST_BUILD_TYPE;
+  info["levels"] = compiled_levels();
+  info["cuda"] = P2PFAST_CUDA_VERSION;                      // "" when built without
+  info["cuda_architectures"] = P2PFAST_CUDA_ARCHITECTURES;  // separated by spaces
+  info["cuda_reason"] = P2PFAST_CUDA_REASON;                // why it was built without
+#ifdef P2PFAST_EMULATE_WIDE
+  info["emulate_wide"] = true;
+#else
+  info["emulate_wide"] = false;
+#endif
+  return info;
+}
+
+}  // namespace
+
+void bind_runtime(py::module_& m) {
+  m.def(
+      "active_level", [] { return level_name(active_level()); },
+      "The instruction-set level in use: P2PFAST_CPU if set, else the highest supported.");
+  m.def("supported_level", [] { return level_name(supported_level()); });
+  m.def("levels", &compiled_levels, "Names of the compiled levels, lowest first.");
+  m.def("missing_for", &missing_for_name, py::arg("level"),
+        "What this machine lacks for a level; '' if nothing.");
+  m.def("set_active_level", [](const std::string& name) { set_active_level(name.c_str()); }, py::arg("name"));
+  m.def("num_threads", &num_threads, "Threads that kernels called from this thread use.");
+  m.def(
+      "set_num_threads",
+      [](int threads) {
+        if (threads < 1)
+          throw std::invalid_argument("threads is " + std::to_string(threads) + "; it must be at least 1");
+        set_num_threads(threads);
+      },
+      py::arg("threads"), "Sets the number of threads for kernels called from this thread.");
+  m.def("processor_name", &processor_name);
+  m.def("build_info", &build_info);
+}
+
+}  // namespace p2pfast

@@ -1,0 +1,3 @@
+"""Operators, one folder each: schema and registration in ``op.py``, the definition in ``reference.py``."""
+
+from __future__ import annotations
