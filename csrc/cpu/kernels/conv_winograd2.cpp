@@ -1,0 +1,8 @@
+#include "cpu/winograd.h"
+
+namespace p2pfast::P2PFAST_LEVEL {
+
+const ConvKernel conv_winograd2 = blocked_winograd<true>();
+const ConvKernel conv_streamed2 = streamed_winograd<true>();
+
+}  // namespace p2pfast::P2PFAST_LEVEL

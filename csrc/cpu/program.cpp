@@ -1,0 +1,147 @@
+#include "cpu/program.h"
+
+#include <chrono>
+#include <stdexcept>
+#include <string>
+
+namespace p2pfast {
+namespace {
+
+[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("convolution: " + what); }
+
+void require(bool ok, const char* name, int64_t value, const char* rule) {
+  if (!ok) refuse(std::string(name) + " is " + std::to_string(value) + "; " + rule);
+}
+
+struct Binder {
+  const std::vector<uint64_t>& slots;
+
+  template <class T>
+  void operator()(T*& pointer) const {
+    const auto address = reinterpret_cast<uint64_t>(pointer);
+    const uint64_t slot = address >> 48;
+    if (slot == 0) return;
+    pointer = reinterpret_cast<T*>(slots.at(slot - 1) + (address & 0xffffffffffffull));
+  }
+  void operator()(Source& source) const {
+    (*this)(source.data);
+    (*this)(source.scale);
+    (*this)(source.shift);
+  }
+};
+
+void bind(ConvStep& step, const Binder& to) {
+  ConvArgs& a = step.args;
+  for (Source& source : a.source) to(source);
+  to(a.weight);
+  to(a.packed);
+  to(a.bias);
+  to(a.out.data);
+  to(a.partial);
+  to(a.count);
+  to(a.workspace);
+}
+void bind(StatisticsArgs& a, const Binder& to) {
+  to(a.source);
+  to(a.partial);
+  to(a.count);
+}
+void bind(MergeArgs& a, const Binder& to) {
+  to(a.partial);
+  to(a.count);
+  to(a.weight);
+  to(a.bias);
+  to(a.scale);
+  to(a.shift);
+  to(a.mean);
+  to(a.variance);
+}
+void bind(ApplyArgs& a, const Binder& to) {
+  to(a.first);
+  to(a.second);
+  to(a.noise);
+  to(a.out.data);
+}
+void bind(PoolArgs& a, const Binder& to) {
+  to(a.source);
+  to(a.out.data);
+}
+void bind(LabelConvArgs& a, const Binder& to) {
+  to(a.labels);
+  to(a.edges);
+  to(a.packed);
+  to(a.out);
+  to(a.partials);
+  to(a.uniform);
+  to(a.scratch);
+}
+void bind(InstanceEdges& a, const Binder& to) {
+  to(a.ids);
+  to(a.edges);
+}
+
+void run(const ConvStep& step) { conv_kernel(step.algorithm).run(step.args); }
+void run(const StatisticsArgs& args) { norm_kernels().statistics(args); }
+void run(const MergeArgs& args) { norm_kernels().merge(args); }
+void run(const ApplyArgs& args) { norm_kernels().apply(args); }
+void run(const PoolArgs& args) { norm_kernels().avg_pool(args); }
+void run(const LabelConvArgs& args) { label_conv().run(args); }
+void run(const InstanceEdges& args) { instance_edges(args); }
+
+}  // namespace
+
+void check(const ConvArgs& a) {
+  require(a.sources == 1 || a.sources == 2, "sources", a.sources, "1 or 2 are supported");
+  for (int i = 0; i < a.sources; ++i)
+    require(a.source[i].channels > 0, "channels", a.source[i].channels, "it must be positive");
+  require(a.images > 0, "images", a.images, "an empty batch has no convolution");
+  require(a.height > 0, "height", a.height, "it must be positive");
+  require(a.width > 0, "width", a.width, "it must be positive");
+  require(a.out_channels > 0, "out_channels", a.out_channels, "it must be positive");
+  require(a.kernel_h > 0 && a.kernel_w > 0, "kernel", a.kernel_h, "it must be positive");
+  require(a.stride > 0, "stride", a.stride, "it must be positive");
+  require(a.pad_top >= 0 && a.pad_left >= 0, "padding", a.pad_top, "it must not be negative");
+  require(a.out_height > 0, "out_height", a.out_height, "the kernel does not fit the padded input");
+  require(a.out_width > 0, "out_width", a.out_width, "the kernel does not fit the padded input");
+  if (a.pad == Pad::kReflect) {
+    require(a.pad_top < a.height, "padding", a.pad_top, "reflection needs it below the input's height");
+    require(a.pad_left < a.width, "padding", a.pad_left, "reflection needs it below the input's width");
+  }
+  if (a.transposed) {
+    require(a.pad == Pad::kZero, "pad", static_cast<int>(a.pad), "transposed convolutions pad with zeros");
+    require(a.pad_top < a.kernel_h, "padding", a.pad_top, "it must be below the transposed kernel's size");
+    const int64_t reach = static_cast<int64_t>(a.height - 1) * a.stride - 2 * a.pad_top + a.kernel_h;
+    require(a.out_height >= reach && a.out_height < reach + a.stride, "out_height", a.out_height,
+            "it does not follow from the input, stride, padding and kernel");
+  } else {
+    const int64_t last_row = static_cast<int64_t>(a.out_height - 1) * a.stride - a.pad_top + a.kernel_h - 1;
+    require(last_row < a.height + a.pad_top + a.stride, "out_height", a.out_height,
+            "it reaches past the padded input");
+    const int64_t last_column = static_cast<int64_t>(a.out_width - 1) * a.stride - a.pad_left + a.kernel_w - 1;
+    require(last_column < a.width + a.pad_left + a.stride, "out_width", a.out_width,
+            "it reaches past the padded input");
+  }
+}
+
+int Program::add(Step step) {
+  steps_.push_back(step);
+  return size() - 1;
+}
+
+void Program::run(const std::vector<uint64_t>& slots, int begin, int end, std::vector<double>* seconds) const {
+  using Clock = std::chrono::steady_clock;
+  const Binder binder{slots};
+  for (int i = begin; i < end; ++i) {
+    Step step = steps_.at(i);
+    std::visit([&](auto& s) { bind(s, binder); }, step);
+    const auto start = Clock::now();
+    run_step(step);
+    if (seconds) seconds->push_back(std::chrono::duration<double>(Clock::now() - start).count());
+  }
+}
+
+void run_step(const Step& step) {
+  std::visit([](const auto& s) { p2pfast::run(s); }, step);
+}
+
+}  // namespace p2pfast

@@ -1,0 +1,97 @@
+// SIMD helpers on GCC/Clang vector extensions: the same source is every instruction-set level, with
+// kLanes floats a vector. Compiled inside each level's namespace, so that no inline function is
+// shared between objects built with different instructions.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#ifndef P2PFAST_LEVEL
+#error "simd.h is for files that are compiled once per instruction-set level"
+#endif
+
+#define P2PFAST_INLINE inline __attribute__((always_inline))
+
+namespace p2pfast::P2PFAST_LEVEL {
+
+#if defined(P2PFAST_WIDE)  // avx512 and avx512_bf16, also when a test build emulates them with AVX2
+inline constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+inline constexpr int kLanes = 8;
+#else
+inline constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef float VecU __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t VecW __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
+typedef uint16_t VecHU __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+
+using bf16 = uint16_t;  // storage of a bfloat16
+
+P2PFAST_INLINE Vec splat(float x) { return x - (Vec){}; }
+P2PFAST_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
+P2PFAST_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
+
+P2PFAST_INLINE float bf16_to_float(bf16 h) {
+  const uint32_t w = static_cast<uint32_t>(h) << 16;
+  float f;
+  std::memcpy(&f, &w, 4);
+  return f;
+}
+
+// Round to nearest even; a NaN stays a (quiet) NaN.
+P2PFAST_INLINE bf16 float_to_bf16(float f) {
+  uint32_t w;
+  std::memcpy(&w, &f, 4);
+  if ((w & 0x7fffffffu) > 0x7f800000u) return static_cast<bf16>((w >> 16) | 0x40u);
+  return static_cast<bf16>((w + 0x7fffu + ((w >> 16) & 1u)) >> 16);
+}
+
+P2PFAST_INLINE Vec load(const bf16* p) { return (Vec)(__builtin_convertvector(*reinterpret_cast<const VecHU*>(p), VecW) << 16); }
+
+P2PFAST_INLINE void store(bf16* p, Vec v) {
+#if defined(__AVX512BF16__)
+  *reinterpret_cast<VecHU*>(p) = (VecHU)_mm512_cvtneps_pbh((__m512)v);
+#else
+  const VecW w = (VecW)v;
+  const VecI is_nan = (VecI)(v != v);
+  const VecW rounded = (w + 0x7fffu + ((w >> 16) & 1u)) >> 16;
+  const VecW quiet = (w >> 16) | 0x40u;
+  const VecW r = (rounded & ~(VecW)is_nan) | (quiet & (VecW)is_nan);
+#if defined(__AVX2__) && !defined(P2PFAST_WIDE)
+  const __m256i packed = _mm256_packus_epi32((__m256i)r, (__m256i)r);
+  const __m128i low = _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+  *reinterpret_cast<VecHU*>(p) = (VecHU)low;
+#else
+  *reinterpret_cast<VecHU*>(p) = (VecHU)__builtin_convertvector(r, VecH);
+#endif
+#endif
+}
+
+P2PFAST_INLINE float to_float(float x) { return x; }
+P2PFAST_INLINE float to_float(bf16 x) { return bf16_to_float(x); }
+P2PFAST_INLINE void put(float* p, float x) { *p = x; }
+P2PFAST_INLINE void put(bf16* p, float x) { *p = float_to_bf16(x); }
+
+// NaN propagates (as torch.relu does): the comparison is false for a NaN, so v itself is taken.
+P2PFAST_INLINE Vec leaky(Vec v, Vec slope) { return v < 0.0f ? v * slope : v; }
+
+template <class T>
+constexpr T min2(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+constexpr T max2(T a, T b) {
+  return a < b ? b : a;
+}
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+}  // namespace p2pfast::P2PFAST_LEVEL

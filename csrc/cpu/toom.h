@@ -1,0 +1,237 @@
+// One-dimensional minimal filtering schemes (Winograd, Toom-Cook) as building blocks of the
+// two-dimensional convolutions. F(m, r) computes m outputs of an r-tap filter with m + r - 1
+// multiplications. See p2pfast/ops/conv/README.md for the mathematics.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace p2pfast::P2PFAST_LEVEL {
+
+// The matrices of F(kOut, kTaps) for finite points P[0..n-2] and infinity:
+//   y = At [(G g) * (Bt d)]
+template <int kOut, int kTaps>
+struct Toom {
+  static constexpr int kPoints = kOut + kTaps - 1;
+  double bt[kPoints][kPoints] = {};
+  double g[kPoints][kTaps] = {};
+  double at[kOut][kPoints] = {};
+
+  constexpr explicit Toom(const double (&p)[kPoints - 1]) {
+    constexpr int n = kPoints;
+    for (int i = 0; i < n; ++i) {
+      // Row i: coefficients of the product over all finite points but the i-th of (x - p).
+      double poly[n] = {1.0};
+      int degree = 0;
+      double norm = 1.0;
+      for (int j = 0; j < n - 1; ++j) {
+        if (j == i) continue;
+        for (int k = ++degree; k > 0; --k) poly[k] = poly[k - 1] - p[j] * poly[k];
+        poly[0] *= -p[j];
+        if (i < n - 1) norm *= p[i] - p[j];
+      }
+      for (int k = 0; k < n; ++k) bt[i][k] = poly[k];
+      double power = 1.0;
+      for (int k = 0; k < (kOut > kTaps ? kOut : kTaps); ++k) {
+        if (i < n - 1) {
+          if (k < kTaps) g[i][k] = power / norm;
+          if (k < kOut) at[k][i] = power;
+          power *= p[i];
+        } else {
+          if (k == kTaps - 1) g[i][k] = 1.0;
+          if (k == kOut - 1) at[k][i] = 1.0;
+        }
+      }
+    }
+  }
+};
+
+// o[i * so] = sum_j kMatrix.m[i][j] * d[j * sd] with the zeros and ones of the matrix compiled away.
+template <int kRows, int kColumns, class F>
+P2PFAST_INLINE void apply_matrix(F matrix, const Vec* d, int sd, Vec* o, int so) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+    Vec sum = Vec{};
+    bool first = true;
+#pragma GCC unroll 16
+    for (int j = 0; j < kColumns; ++j) {
+      const float m = static_cast<float>(matrix(i, j));
+      if (m == 0.0f) continue;
+      const Vec v = d[j * sd];
+      if (first) {
+        sum = m == 1.0f ? v : v * m;
+      } else {
+        sum = m == 1.0f ? sum + v : m == -1.0f ? sum - v : sum + v * m;
+      }
+      first = false;
+    }
+    o[i * so] = sum;
+  }
+}
+
+// F(4, 3) at 0, +-a, +-b, infinity. With these points the error is half of that with 1 and 2.
+struct F43 {
+  static constexpr double a = 0.65, b = 1.5;
+  static constexpr Toom<4, 3> m{{0.0, a, -a, b, -b}};
+  static constexpr int kPoints = 6;
+  P2PFAST_INLINE static void input(const Vec* d, int sd, Vec* o, int so) {
+    constexpr float a1 = a, b1 = b, a2 = a * a, b2 = b * b;
+    const Vec d1 = d[sd], d2 = d[2 * sd], d3 = d[3 * sd], d4 = d[4 * sd];
+    const Vec even_a = d4 - b2 * d2, odd_a = a1 * (d3 - b2 * d1);
+    const Vec even_b = d4 - a2 * d2, odd_b = b1 * (d3 - a2 * d1);
+    o[0] = a2 * b2 * d[0] + (d4 - (a2 + b2) * d2);
+    o[so] = even_a + odd_a;
+    o[2 * so] = even_a - odd_a;
+    o[3 * so] = even_b + odd_b;
+    o[4 * so] = even_b - odd_b;
+    o[5 * so] = a2 * b2 * d1 + (d[5 * sd] - (a2 + b2) * d3);
+  }
+  P2PFAST_INLINE static void output(const Vec* m_, int sm, Vec* o, int so) {
+    constexpr float a1 = a, b1 = b, a2 = a * a, b2 = b * b, a3 = a * a * a, b3 = b * b * b;
+    const Vec sa = m_[sm] + m_[2 * sm], da = m_[sm] - m_[2 * sm];
+    const Vec sb = m_[3 * sm] + m_[4 * sm], db = m_[3 * sm] - m_[4 * sm];
+    o[0] = m_[0] + (sa + sb);
+    o[so] = a1 * da + b1 * db;
+    o[2 * so] = a2 * sa + b2 * sb;
+    o[3 * so] = a3 * da + (b3 * db + m_[5 * sm]);
+  }
+};
+
+// F(2, 3) at 0, +-1, infinity.
+struct F23 {
+  static constexpr Toom<2, 3> m{{0.0, 1.0, -1.0}};
+  static constexpr int kPoints = 4;
+  P2PFAST_INLINE static void input(const Vec* d, int sd, Vec* o, int so) {
+    apply_matrix<4, 4>([](int i, int j) { return m.bt[i][j]; }, d, sd, o, so);
+  }
+  P2PFAST_INLINE static void output(const Vec* d, int sd, Vec* o, int so) {
+    apply_matrix<2, 4>([](int i, int j) { return m.at[i][j]; }, d, sd, o, so);
+  }
+};
+
+// F(4, 2) at 0, +-a, b, infinity.
+struct F42 {
+  static constexpr Toom<4, 2> m{{0.0, 0.8, -0.8, 1.6}};
+  static constexpr int kPoints = 5;
+  P2PFAST_INLINE static void input(const Vec* d, int sd, Vec* o, int so) {
+    apply_matrix<5, 5>([](int i, int j) { return m.bt[i][j]; }, d, sd, o, so);
+  }
+  P2PFAST_INLINE static void output(const Vec* d, int sd, Vec* o, int so) {
+    apply_matrix<4, 5>([](int i, int j) { return m.at[i][j]; }, d, sd, o, so);
+  }
+};
+
+// F(2, 2) at 0, 1, infinity.
+struct F22 {
+  static constexpr Toom<2, 2> m{{0.0, 1.0}};
+  static constexpr int kPoints = 3;
+  P2PFAST_INLINE static void input(const Vec* d, int sd, Vec* o, int so) {
+    apply_matrix<3, 3>([](int i, int j) { return m.bt[i][j]; }, d, sd, o, so);
+  }
+  P2PFAST_INLINE static void output(const Vec* d, int sd, Vec* o, int so) {
+    apply_matrix<2, 3>([](int i, int j) { return m.at[i][j]; }, d, sd, o, so);
+  }
+};
+
+// A scheme is what one dimension of a tile does:
+//   kWindow input samples, from kStepIn * tile + origin, become kPoints points; the point of index i
+//   is multiplied by row i of weight() and accumulated into point point_of(i) of kSums, from which
+//   output() makes kStepOut results.
+
+template <class F, int kOut>
+struct Stride1Taps3 {
+  static constexpr int kTaps = 3, kWindow = kOut + 2, kStepIn = kOut, kStepOut = kOut;
+  static constexpr int kPoints = F::kPoints, kSums = F::kPoints;
+  static constexpr int origin(int pad) { return -pad; }
+  static constexpr int sum_of(int point) { return point; }
+  static constexpr double weight(int point, int tap) { return F::m.g[point][tap]; }
+  P2PFAST_INLINE static void input(const Vec* d, int sd, Vec* o, int so) { F::input(d, sd, o, so); }
+  P2PFAST_INLINE static void output(const Vec* d, int sd, Vec* o, int so) { F::output(d, sd, o, so); }
+};
+
+// Taps 0 and 2 fall on every other sample: a two-tap filter there; tap 1 on the samples between.
+template <class F, int kOut>
+struct Stride2Taps3 {
+  static constexpr int kTaps = 3, kWindow = 2 * kOut + 1, kStepIn = 2 * kOut, kStepOut = kOut;
+  static constexpr int kPoints = F::kPoints + kOut, kSums = kPoints;
+  static constexpr int origin(int pad) { return -pad; }
+  static constexpr int sum_of(int point) { return point; }
+  static constexpr double weight(int point, int tap) {
+    if (point < F::kPoints) return tap == 1 ? 0.0 : F::m.g[point][tap / 2];
+    return tap == 1 ? 1.0 : 0.0;
+  }
+  P2PFAST_INLINE static void input(const Vec* d, int sd, Vec* o, int so) {
+    F::input(d, 2 * sd, o, so);
+#pragma GCC unroll 16
+    for (int i = 0; i < kOut; ++i) o[(F::kPoints + i) * so] = d[(2 * i + 1) * sd];
+  }
+  P2PFAST_INLINE static void output(const Vec* d, int sd, Vec* o, int so) {
+    F::output(d, sd, o, so);
+#pragma GCC unroll 16
+    for (int i = 0; i < kOut; ++i) o[i * so] += d[(F::kPoints + i) * sd];
+  }
+};
+
+// Taps 0 and 2, and taps 1 and 3: two two-tap filters whose products add up point by point.
+template <class F, int kOut>
+struct Stride2Taps4 {
+  static constexpr int kTaps = 4, kWindow = 2 * kOut + 2, kStepIn = 2 * kOut, kStepOut = kOut;
+  static constexpr int kPoints = 2 * F::kPoints, kSums = F::kPoints;
+  static constexpr int origin(int pad) { return -pad; }
+  static constexpr int sum_of(int point) { return point % F::kPoints; }
+  static constexpr double weight(int point, int tap) {
+    return point / F::kPoints == tap % 2 ? F::m.g[point % F::kPoints][tap / 2] : 0.0;
+  }
+  P2PFAST_INLINE static void input(const Vec* d, int sd, Vec* o, int so) {
+    F::input(d, 2 * sd, o, so);
+    F::input(d + sd, 2 * sd, o + F::kPoints * so, so);
+  }
+  P2PFAST_INLINE static void output(const Vec* d, int sd, Vec* o, int so) { F::output(d, sd, o, so); }
+};
+
+// Transposed, stride 2, padding 1. Even outputs see tap 1 alone, odd ones taps 0 and 2.
+template <class F, int kOut>
+struct Transposed3 {
+  static constexpr int kTaps = 3, kWindow = kOut + 1, kStepIn = kOut, kStepOut = 2 * kOut;
+  static constexpr int kPoints = kOut + F::kPoints, kSums = kPoints;
+  static constexpr int origin(int) { return 0; }
+  static constexpr int sum_of(int point) { return point; }
+  static constexpr double weight(int point, int tap) {
+    if (point < kOut) return tap == 1 ? 1.0 : 0.0;
+    return tap == 1 ? 0.0 : F::m.g[point - kOut][tap == 2 ? 0 : 1];
+  }
+  P2PFAST_INLINE static void input(const Vec* d, int sd, Vec* o, int so) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kOut; ++i) o[i * so] = d[i * sd];
+    F::input(d, sd, o + kOut * so, so);
+  }
+  P2PFAST_INLINE static void output(const Vec* d, int sd, Vec* o, int so) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kOut; ++i) o[2 * i * so] = d[i * sd];
+    F::output(d + kOut * sd, sd, o + so, 2 * so);
+  }
+};
+
+// Transposed, stride 2, padding 1. Even outputs see taps 3 and 1, odd ones taps 2 and 0.
+template <class F, int kOut>
+struct Transposed4 {
+  static constexpr int kTaps = 4, kWindow = kOut + 2, kStepIn = kOut, kStepOut = 2 * kOut;
+  static constexpr int kPoints = 2 * F::kPoints, kSums = kPoints;
+  static constexpr int origin(int) { return -1; }
+  static constexpr int sum_of(int point) { return point; }
+  static constexpr double weight(int point, int tap) {
+    const bool odd = point >= F::kPoints;
+    const int even_tap[4] = {-1, 1, -1, 0}, odd_tap[4] = {1, -1, 0, -1};
+    const int t = odd ? odd_tap[tap] : even_tap[tap];
+    return t < 0 ? 0.0 : F::m.g[point % F::kPoints][t];
+  }
+  P2PFAST_INLINE static void input(const Vec* d, int sd, Vec* o, int so) {
+    F::input(d, sd, o, so);
+    F::input(d + sd, sd, o + F::kPoints * so, so);
+  }
+  P2PFAST_INLINE static void output(const Vec* d, int sd, Vec* o, int so) {
+    F::output(d, sd, o, 2 * so);
+    F::output(d + F::kPoints * sd, sd, o + so, 2 * so);
+  }
+};
+
+}  // namespace p2pfast::P2PFAST_LEVEL

@@ -1,0 +1,455 @@
+// Convolution by minimal filtering in two dimensions, for any scheme of toom.h in both dimensions:
+// input windows become kPoints x kPoints matrices of channels, one matrix product a point, and the
+// sums become output tiles. Two drivers: blocks of tiles with weights transformed beforehand, and
+// all tiles at once with weights transformed on the fly.
+#pragma once
+
+#include "cpu/conv.h"
+#include "cpu/epilogue.h"
+#include "cpu/gather.h"
+#include "cpu/gemm.h"
+#include "cpu/parallel.h"
+#include "cpu/toom.h"
+#include "cpu/workspace.h"
+
+namespace p2pfast::P2PFAST_LEVEL {
+
+// Rows that are a multiple of the cache's aliasing distance apart fight for the same sets.
+inline int64_t row_floats(int64_t channels) {
+  const int64_t n = round_up(channels, 16);
+  return n % 256 == 0 ? n + 16 : n;
+}
+
+template <class S>
+struct Winograd {
+  static constexpr int kPoints2 = S::kPoints * S::kPoints;
+  static constexpr int kSums2 = S::kSums * S::kSums;
+  static constexpr int kTaps2 = S::kTaps * S::kTaps;
+  static constexpr int kChunk = 64;                                      // channels of one gather
+  static constexpr int kPiece = max2(2, min2(16, 96 / S::kStepIn));      // tiles of one gather
+  static constexpr int kPieceColumns = S::kStepIn * (kPiece - 1) + S::kWindow;
+  static constexpr int kGatherFloats = S::kWindow * kPieceColumns * kChunk + kGatherSlack;
+
+  const ConvArgs& args;
+  const int channels = total_channels(args);
+  const int tiles_y = static_cast<int>(ceil_div(args.out_height, S::kStepOut));
+  const int tiles_x = static_cast<int>(ceil_div(args.out_width, S::kStepOut));
+  const int64_t tiles = static_cast<int64_t>(tiles_y) * tiles_x;
+  const int64_t lda = row_floats(channels);
+  const int out_channels = static_cast<int>(round_up(args.out_channels, kLanes));
+
+  // Panels of weights: all full but the last.
+  static int panel_vectors(int columns_left) { return min2(kPanelVectors, columns_left / kLanes); }
+
+  // --- weights ---------------------------------------------------------------------------------
+
+  // Transforms input channels [k0, k0 + depth) of output channels [c, c + vectors * kLanes):
+  // u[point * point_stride + (k - k0) * vectors * kLanes + lane].
+  template <class W>
+  void transform_weights(int k0, int depth, int c, int vectors, float* u, int64_t point_stride) const {
+    const W* weight = static_cast<const W*>(args.weight);
+    for (int k = 0; k < depth; ++k) {
+      for (int v = 0; v < vectors; ++v) {
+        Vec taps[kTaps2], half[S::kPoints * S::kTaps];
+        const int first = c + v * kLanes;
+        const int valid = max2(0, min2(kLanes, args.out_channels - first));
+        alignas(64) float lanes[kTaps2][kLanes] = {};
+        for (int l = 0; l < valid; ++l) {
+          const W* w = weight + (first + l) * args.weight_out_stride + (k0 + k) * args.weight_in_stride;
+#pragma GCC unroll 16
+          for (int t = 0; t < kTaps2; ++t) lanes[t][l] = to_float(w[t]);
+        }
+#pragma GCC unroll 16
+        for (int t = 0; t < kTaps2; ++t) taps[t] = load(lanes[t]);
+        auto g = [](int i, int j) { return S::weight(i, j); };
+#pragma GCC unroll 4
+        for (int x = 0; x < S::kTaps; ++x)
+          apply_matrix<S::kPoints, S::kTaps>(g, taps + x, S::kTaps, half + x, S::kTaps);
+        float* to = u + static_cast<int64_t>(k) * vectors * kLanes + v * kLanes;
+#pragma GCC unroll 10
+        for (int i = 0; i < S::kPoints; ++i) {
+          Vec row[S::kPoints];
+          apply_matrix<S::kPoints, S::kTaps>(g, half + i * S::kTaps, 1, row, 1);
+#pragma GCC unroll 10
+          for (int j = 0; j < S::kPoints; ++j) store(to + (i * S::kPoints + j) * point_stride, row[j]);
+        }
+      }
+    }
+  }
+
+  void transform_any_weights(int k0, int depth, int c, int vectors, float* u, int64_t point_stride) const {
+    if (args.weight_dtype == DType::kFloat32) {
+      transform_weights<float>(k0, depth, c, vectors, u, point_stride);
+    } else {
+      transform_weights<bf16>(k0, depth, c, vectors, u, point_stride);
+    }
+  }
+
+  int64_t packed_floats() const { return static_cast<int64_t>(kPoints2) * channels * out_channels; }
+
+  // Layout: [point][panel][channel][column of the panel].
+  void pack(float* packed) const {
+    const int64_t panels = ceil_div(out_channels, kPanel);
+    constexpr int kDepth = 32;
+    const int64_t parts = ceil_div(channels, kDepth);
+    parallel_for(panels * parts, [&](int64_t task, int) {
+      const int c = static_cast<int>(task / parts) * kPanel, k0 = static_cast<int>(task % parts) * kDepth;
+      const int vectors = panel_vectors(out_channels - c);
+      transform_any_weights(k0, min2(kDepth, channels - k0), c, vectors,
+                            packed + static_cast<int64_t>(c) * channels + static_cast<int64_t>(k0) * vectors * kLanes,
+                            static_cast<int64_t>(channels) * out_channels);
+    });
+  }
+
+  // --- input -----------------------------------------------------------------------------------
+
+  // Tiles [t, t + count) of one row of tiles, channels [c0, c0 + n), into v[point][.][channel].
+  void transform_input(int64_t image, int tile_y, int tile_x, int count, int c0, int n, float* window, float* v,
+                       int64_t point_stride) const {
+    const int columns = S::kStepIn * (count - 1) + S::kWindow;
+    const int64_t to_row = static_cast<int64_t>(columns) * n;
+    gather(args, image, S::kStepIn * tile_y + S::origin(args.pad_top), S::kWindow,
+           S::kStepIn * tile_x + S::origin(args.pad_left), columns, c0, n, window, n, to_row);
+    for (int t = 0; t < count; ++t) {
+      const float* from = window + static_cast<int64_t>(t) * S::kStepIn * n;
+      float* to = v + t * lda + c0;
+      for (int c = 0; c < n; c += kLanes) {
+        Vec half[S::kPoints * S::kWindow];
+#pragma GCC unroll 10
+        for (int x = 0; x < S::kWindow; ++x) {
+          Vec column[S::kWindow];
+#pragma GCC unroll 10
+          for (int y = 0; y < S::kWindow; ++y) column[y] = load(from + y * to_row + x * n + c);
+          S::input(column, 1, half + x, S::kWindow);
+        }
+#pragma GCC unroll 10
+        for (int i = 0; i < S::kPoints; ++i) {
+          Vec row[S::kPoints];
+          S::input(half + i * S::kWindow, 1, row, 1);
+#pragma GCC unroll 10
+          for (int j = 0; j < S::kPoints; ++j) store(to + (i * S::kPoints + j) * point_stride + c, row[j]);
+        }
+      }
+    }
+  }
+
+  // --- products --------------------------------------------------------------------------------
+
+  // sums[s][row][column] over `rows` tiles and `vectors` * kLanes columns; see kSums2.
+  void multiply(const float* v, int64_t v_point, int rows, const float* u, int64_t u_point, int depth, int vectors,
+                float* sums, int64_t ldc, int64_t sum_stride, bool first) const {
+#pragma GCC unroll 1
+    for (int i = 0; i < S::kPoints; ++i) {
+#pragma GCC unroll 1
+      for (int j = 0; j < S::kPoints; ++j) {
+        const int si = S::sum_of(i), sj = S::sum_of(j);
+        const bool fresh = first && si == i && sj == j;
+        const int point = i * S::kPoints + j;
+        gemm_panel(vectors, rows, v + point * v_point, lda, u + point * u_point,
+                   sums + (si * S::kSums + sj) * sum_stride, ldc, depth, !fresh);
+      }
+    }
+  }
+
+  // --- output ----------------------------------------------------------------------------------
+
+  template <class T>
+  void store_tile(int64_t image, int ty, int tx, int c, const float* sums, int64_t sum_stride, Vec bias,
+                  Moments& moments) const {
+    Vec half[S::kStepOut * S::kSums];
+#pragma GCC unroll 10
+    for (int j = 0; j < S::kSums; ++j) {
+      Vec column[S::kSums];
+#pragma GCC unroll 10
+      for (int i = 0; i < S::kSums; ++i) column[i] = load(sums + (i * S::kSums + j) * sum_stride);
+      S::output(column, 1, half + j, S::kSums);
+    }
+    const int rows = min2(S::kStepOut, args.out_height - ty * S::kStepOut);
+    const int columns = min2(S::kStepOut, args.out_width - tx * S::kStepOut);
+    T* base = static_cast<T*>(args.out.data) + image * args.out.image_stride +
+              static_cast<int64_t>(ty) * S::kStepOut * args.out.row_stride +
+              static_cast<int64_t>(tx) * S::kStepOut * args.out.pixel_stride;
+    for (int y = 0; y < rows; ++y) {
+      Vec row[S::kStepOut];
+      S::output(half + y * S::kSums, 1, row, 1);
+      for (int x = 0; x < columns; ++x) {
+        const Vec value = row[x] + bias;
+        if (args.partial) moments.add(value);
+        put_vector(args, base + y * args.out.row_stride + x * args.out.pixel_stride, c,
+                   finish(value, args.act, args.slope));
+      }
+    }
+  }
+
+  // Stores tiles [first, first + count) of an image and their statistics as part `part`.
+  template <class T>
+  void store_tiles(int64_t image, int64_t first, int count, int c0, int width, const float* sums, int64_t ldc,
+                   int64_t sum_stride, int64_t part, int64_t parts) const {
+    constexpr int kMaxVectors = 16;
+    for (int g = 0; g < width; g += kMaxVectors * kLanes) {
+      const int vectors = min2(kMaxVectors, (width - g) / kLanes);
+      Moments moments[kMaxVectors];
+      Vec bias[kMaxVectors];
+      for (int v = 0; v < vectors; ++v) {
+        bias[v] = Vec{};
+        for (int l = 0; args.bias && l < kLanes && c0 + g + v * kLanes + l < args.out_channels; ++l)
+          bias[v][l] = args.bias[c0 + g + v * kLanes + l];
+      }
+      for (int t = 0; t < count; ++t) {
+        const int ty = static_cast<int>((first + t) / tiles_x), tx = static_cast<int>((first + t) % tiles_x);
+        for (int v = 0; v < vectors; ++v)
+          store_tile<T>(image, ty, tx, c0 + g + v * kLanes, sums + t * ldc + g + v * kLanes, sum_stride, bias[v],
+                        moments[v]);
+      }
+      if (!args.partial) continue;
+      const int stride = stats_stride(args);
+      float* partial = args.partial + (image * parts + part) * 2 * stride + c0 + g;
+      for (int v = 0; v < vectors; ++v) moments[v].write(partial + v * kLanes, partial + stride + v * kLanes);
+      if (c0 + g == 0) args.count[image * parts + part] = static_cast<float>(moments[0].count);
+    }
+  }
+
+  void store_any_tiles(int64_t image, int64_t first, int count, int c0, int width, const float* sums, int64_t ldc,
+                       int64_t sum_stride, int64_t part, int64_t parts) const {
+    if (args.out.dtype == DType::kFloat32) {
+      store_tiles<float>(image, first, count, c0, width, sums, ldc, sum_stride, part, parts);
+    } else {
+      store_tiles<bf16>(image, first, count, c0, width, sums, ldc, sum_stride, part, parts);
+    }
+  }
+
+  // Splits tiles [first, first + count) of an image at the ends of rows and into pieces.
+  template <class F>
+  void for_pieces(int64_t first, int64_t count, F&& f) const {
+    for (int64_t t = first; t < first + count;) {
+      const int ty = static_cast<int>(t / tiles_x), tx = static_cast<int>(t % tiles_x);
+      const int n = static_cast<int>(min2<int64_t>(min2<int64_t>(kPiece, tiles_x - tx), first + count - t));
+      f(ty, tx, n, t - first);
+      t += n;
+    }
+  }
+
+  // --- driver 1: blocks of tiles, packed weights -------------------------------------------------
+
+  int block_tiles() const { return max2(kMaxRows, args.block); }
+  int64_t blocks() const { return ceil_div(tiles, block_tiles()); }
+  int block_group() const { return min2<int>(out_channels, max2<int>(kPanel, round_up(args.group, kPanel))); }
+
+  struct BlockScratch {
+    float *window, *v, *sums;
+  };
+  BlockScratch carve_block(Carver& carver) const {
+    return {carver.floats(kGatherFloats), carver.floats(kPoints2 * block_tiles() * lda + kLanes),
+            carver.floats(static_cast<int64_t>(kSums2) * block_tiles() * block_group())};
+  }
+  int64_t block_workspace(int threads) const {
+    Carver carver{nullptr};
+    carve_block(carver);
+    return carver.used * threads;
+  }
+
+  void run_blocks() const {
+    const int64_t per_image = blocks();
+    const int64_t share = block_workspace(1);
+    const int64_t v_point = block_tiles() * lda;
+    parallel_for(args.images * per_image, [&](int64_t task, int worker) {
+      Carver carver{static_cast<char*>(args.workspace) + worker * share};
+      const BlockScratch scratch = carve_block(carver);
+      const int64_t image = task / per_image, block = task % per_image, first = block * block_tiles();
+      const int count = static_cast<int>(min2<int64_t>(block_tiles(), tiles - first));
+      for_pieces(first, count, [&](int ty, int tx, int n, int64_t at) {
+        for (int c0 = 0; c0 < channels; c0 += kChunk)
+          transform_input(image, ty, tx, n, c0, min2(kChunk, channels - c0), scratch.window, scratch.v + at * lda,
+                          v_point);
+      });
+      const int64_t sum_stride = static_cast<int64_t>(block_tiles()) * block_group();
+      for (int c0 = 0; c0 < out_channels; c0 += block_group()) {
+        const int width = min2(block_group(), out_channels - c0);
+        for (int c = 0; c < width; c += kPanel) {
+          const int vectors = panel_vectors(width - c);
+          for (int k0 = 0; k0 < channels; k0 += kDepth) {
+            multiply(scratch.v + k0, v_point, count,
+                     args.packed + static_cast<int64_t>(c0 + c) * channels + static_cast<int64_t>(k0) * vectors * kLanes,
+                     static_cast<int64_t>(channels) * out_channels, min2(kDepth, channels - k0), vectors,
+                     scratch.sums + c, block_group(), sum_stride, k0 == 0);
+          }
+        }
+        store_any_tiles(image, first, count, c0, width, scratch.sums, block_group(), sum_stride, block, per_image);
+      }
+    });
+  }
+  static constexpr int kDepth = 256;  // channels a product accumulates in registers: 16 KB of weights
+
+  // --- driver 2: many tiles at once, weights transformed on the fly ------------------------------
+
+  // Tiles are counted through the whole batch here.
+  int64_t all_tiles() const { return args.images * tiles; }
+  int64_t pass_tiles() const { return min2<int64_t>(all_tiles(), max2(kMaxRows, args.block)); }
+  int64_t passes() const { return ceil_div(all_tiles(), pass_tiles()); }
+  static constexpr int kStreamDepth = kPoints2 > 40 ? 32 : 64;
+
+  struct StreamScratch {
+    float *window, *u, *sums;
+  };
+  StreamScratch carve_stream(Carver& carver) const {
+    return {carver.floats(kGatherFloats), carver.floats(static_cast<int64_t>(kPoints2) * kStreamDepth * kPanel),
+            carver.floats(static_cast<int64_t>(kSums2) * pass_tiles() * block_group())};
+  }
+  int64_t v_floats() const { return kPoints2 * pass_tiles() * lda + kLanes; }
+  int64_t stream_workspace(int threads) const {
+    Carver shared{nullptr}, own{nullptr};
+    shared.floats(v_floats());
+    carve_stream(own);
+    return shared.used + own.used * threads;
+  }
+
+  void run_stream() const {
+    // A pass may hold no tile of some image: its part stays empty.
+    if (args.partial) std::memset(args.count, 0, sizeof(float) * args.images * passes());
+    Carver shared{static_cast<char*>(args.workspace)};
+    float* const v = shared.floats(v_floats());
+    Carver measure{nullptr};
+    carve_stream(measure);
+    const int64_t share = measure.used, v_point = pass_tiles() * lda;
+    auto own = [&](int worker) {
+      Carver carver{static_cast<char*>(args.workspace) + shared.used + worker * share};
+      return carve_stream(carver);
+    };
+    const int64_t chunks = ceil_div(channels, kChunk);
+    const int64_t groups = ceil_div(out_channels, block_group());
+    for (int64_t pass = 0; pass < passes(); ++pass) {
+      const int64_t begin = pass * pass_tiles(), end = min2(all_tiles(), begin + pass_tiles());
+      const int64_t pieces = ceil_div(end - begin, kPiece);
+      parallel_for(pieces * chunks, [&](int64_t task, int worker) {
+        const StreamScratch scratch = own(worker);
+        const int c0 = static_cast<int>(task % chunks) * kChunk;
+        const int64_t from = begin + task / chunks * kPiece, to = min2(end, from + kPiece);
+        for_images(from, to, [&](int64_t image, int64_t first, int64_t count, int64_t at) {
+          for_pieces(first, count, [&](int ty, int tx, int n, int64_t offset) {
+            transform_input(image, ty, tx, n, c0, min2(kChunk, channels - c0), scratch.window,
+                            v + (from - begin + at + offset) * lda, v_point);
+          });
+        });
+      });
+      const int count = static_cast<int>(end - begin);
+      const int64_t sum_stride = static_cast<int64_t>(pass_tiles()) * block_group();
+      parallel_for(groups, [&](int64_t group, int worker) {
+        const StreamScratch scratch = own(worker);
+        const int c0 = static_cast<int>(group) * block_group(), width = min2(block_group(), out_channels - c0);
+        for (int c = 0; c < width; c += kPanel) {
+          const int vectors = panel_vectors(width - c);
+          for (int k0 = 0; k0 < channels; k0 += kStreamDepth) {
+            const int depth = min2(kStreamDepth, channels - k0);
+            const int64_t u_point = static_cast<int64_t>(kStreamDepth) * vectors * kLanes;
+            transform_any_weights(k0, depth, c0 + c, vectors, scratch.u, u_point);
+            multiply(v + k0, v_point, count, scratch.u, u_point, depth, vectors, scratch.sums + c, block_group(),
+                     sum_stride, k0 == 0);
+          }
+        }
+        for_images(begin, end, [&](int64_t image, int64_t first, int64_t n, int64_t at) {
+          store_any_tiles(image, first, static_cast<int>(n), c0, width, scratch.sums + at * block_group(),
+                          block_group(), sum_stride, pass, passes());
+        });
+      });
+    }
+  }
+
+  // Splits batch-wide tiles [from, to) by image.
+  template <class F>
+  void for_images(int64_t from, int64_t to, F&& f) const {
+    for (int64_t t = from; t < to;) {
+      const int64_t image = t / tiles, first = t % tiles, count = min2(tiles - first, to - t);
+      f(image, first, count, t - from);
+      t += count;
+    }
+  }
+
+  double multiplications() const {
+    return static_cast<double>(args.images) * tiles * kPoints2 * channels * args.out_channels;
+  }
+};
+
+// Calls f.template operator()<Scheme>() for the scheme of this shape; kSmall asks for two outputs a
+// tile and dimension instead of four.
+template <bool kSmall, class F>
+auto with_scheme(const ConvArgs& args, F&& f) {
+  if (args.transposed) {
+    if constexpr (kSmall) {
+      return args.kernel_h == 3 ? f.template operator()<Transposed3<F22, 2>>()
+                                : f.template operator()<Transposed4<F22, 2>>();
+    } else {
+      return args.kernel_h == 3 ? f.template operator()<Transposed3<F42, 4>>()
+                                : f.template operator()<Transposed4<F42, 4>>();
+    }
+  }
+  if constexpr (kSmall) {
+    if (args.stride == 1) return f.template operator()<Stride1Taps3<F23, 2>>();
+    return args.kernel_h == 3 ? f.template operator()<Stride2Taps3<F22, 2>>()
+                              : f.template operator()<Stride2Taps4<F22, 2>>();
+  } else {
+    if (args.stride == 1) return f.template operator()<Stride1Taps3<F43, 4>>();
+    return args.kernel_h == 3 ? f.template operator()<Stride2Taps3<F42, 4>>()
+                              : f.template operator()<Stride2Taps4<F42, 4>>();
+  }
+}
+
+inline const char* winograd_refuses(const ConvArgs& args) {
+  if (args.kernel_h != args.kernel_w) return "the kernel is not square";
+  if (args.transposed) {
+    if (args.stride != 2 || args.pad_top != 1 || args.pad_left != 1) return "transposed needs stride 2 and padding 1";
+    if (args.kernel_h != 3 && args.kernel_h != 4) return "transposed needs a 3x3 or 4x4 kernel";
+    return nullptr;
+  }
+  if (args.stride == 1 && args.kernel_h == 3) return nullptr;
+  if (args.stride == 2 && (args.kernel_h == 3 || args.kernel_h == 4)) return nullptr;
+  return "needs 3x3 with stride 1 or 2, or 4x4 with stride 2";
+}
+
+template <bool kSmall>
+int64_t packed_floats(const ConvArgs& args) {
+  return with_scheme<kSmall>(args, [&]<class S>() { return Winograd<S>{args}.packed_floats(); });
+}
+template <bool kSmall>
+void pack(const ConvArgs& args, float* packed) {
+  with_scheme<kSmall>(args, [&]<class S>() { Winograd<S>{args}.pack(packed); });
+}
+template <bool kSmall>
+double multiplications(const ConvArgs& args) {
+  return with_scheme<kSmall>(args, [&]<class S>() { return Winograd<S>{args}.multiplications(); });
+}
+
+template <bool kSmall>
+constexpr ConvKernel blocked_winograd() {
+  return {winograd_refuses,
+          packed_floats<kSmall>,
+          pack<kSmall>,
+          [](const ConvArgs& args, int threads) {
+            return with_scheme<kSmall>(args, [&]<class S>() { return Winograd<S>{args}.block_workspace(threads); });
+          },
+          [](const ConvArgs& args) {
+            return with_scheme<kSmall>(args, [&]<class S>() { return Winograd<S>{args}.blocks(); });
+          },
+          multiplications<kSmall>,
+          [](const ConvArgs& args) {
+            with_scheme<kSmall>(args, [&]<class S>() { Winograd<S>{args}.run_blocks(); });
+          }};
+}
+
+template <bool kSmall>
+constexpr ConvKernel streamed_winograd() {
+  return {winograd_refuses,
+          [](const ConvArgs&) { return int64_t{0}; },
+          [](const ConvArgs&, float*) {},
+          [](const ConvArgs& args, int threads) {
+            return with_scheme<kSmall>(args, [&]<class S>() { return Winograd<S>{args}.stream_workspace(threads); });
+          },
+          [](const ConvArgs& args) {
+            return with_scheme<kSmall>(args, [&]<class S>() { return Winograd<S>{args}.passes(); });
+          },
+          multiplications<kSmall>,
+          [](const ConvArgs& args) {
+            with_scheme<kSmall>(args, [&]<class S>() { Winograd<S>{args}.run_stream(); });
+          }};
+}
+
+}  // namespace p2pfast::P2PFAST_LEVEL
