@@ -44,7 +44,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         emulate = os.environ.get("P2PFAST_EMULATE_WIDE", "0") not in ("", "0")
         # One folder per interpreter and kind, kept between builds: only what changed is compiled again.
-        build = ROOT / "build" / (f"{sys.implementation.cache_tag}-emulate" if emulate else sys.implementation.cache_tag)
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}{'-emulate' if emulate else ''}"
         build.mkdir(parents=True, exist_ok=True)
         cmake = tool("cmake", "CMAKE_BIN_DIR")
         options = {

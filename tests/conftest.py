@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Before torch is imported: two threads exercise the parallel code without fighting over small machines.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Triton's kernels run in its interpreter where there is no GPU; the choice is made when they are defined.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from p2pfast import _C  # noqa: E402
+
+RUNNABLE_LEVELS = [level for level in _C.levels() if not _C.missing_for(level)]
+
+
+def pytest_report_header() -> list[str]:
+    lacking = [f"not {level} ({_C.missing_for(level)})" for level in _C.levels() if _C.missing_for(level)]
+    emulated = " (16 lanes emulated with AVX2)" if _C.build_info()["emulate_wide"] else ""
+    return [f"instruction-set levels: {', '.join(RUNNABLE_LEVELS + lacking)}{emulated}"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no NVIDIA GPU here (torch.cuda.is_available() is false)")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(params=RUNNABLE_LEVELS)
+def cpu_level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test at every instruction-set level of this machine; the session's header lists the others."""
+    before = _C.active_level()
+    _C.set_active_level(request.param)
+    yield request.param
+    _C.set_active_level(before)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
