@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from p2pfast import _C
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _check(x: Tensor) -> tuple[int, int, int, int]:
+    """Checks the image; returns the output's shape (N, H, W, C)."""
+    if x.dtype not in _TYPES:
+        raise TypeError(f"x has dtype {x.dtype}; float32, bfloat16 or float16 is expected")
+    if x.dim() != 4 or not 1 <= x.shape[1] <= 4:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; (images, channels, height, width) with 1 to 4 channels is expected"
+        )
+    images, channels, height, width = x.shape
+    return images, height, width, channels
+
+
+@torch.library.custom_op("p2pfast::image_uint8", mutates_args=(), device_types="cpu")
+def image_uint8(x: Tensor, tanh: bool = False) -> Tensor:
+    """Converts a generator's output to 8-bit pixels in one pass.
+
+    (x + 1) / 2 * 255 in float32, clipped to [0, 255] and truncated: ``tensor2im`` of pix2pix and pix2pixHD.
+    NaN becomes 0, infinities become 0 and 255.
+
+    Args:
+        x: (N, C, H, W), 1 to 4 channels, float32, bfloat16 or float16, any strides (contiguous and
+            channels_last are the quickest), in [-1, 1] after tanh.
+        tanh: apply tanh first, in float32 and accurate to a few units in the last place: a pixel differs
+            from the reference's only where x is within 1e-6 of a step from one value to the next.
+
+    Returns:
+        (N, H, W, C) uint8, contiguous: what PIL and the encoders take.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: not four dimensions, or not 1 to 4 channels.
+    """
+    shape = _check(x)
+    images, height, width, channels = shape
+    x = x.detach()
+    out = torch.empty(shape, dtype=torch.uint8)
+    image_stride, channel_stride, row_stride, pixel_stride = x.stride()
+    _C.set_num_threads(torch.get_num_threads())
+    _C.image_uint8(
+        data=x.data_ptr(),
+        type=_TYPES[x.dtype],
+        images=images,
+        channels=channels,
+        height=height,
+        width=width,
+        image_stride=image_stride,
+        channel_stride=channel_stride,
+        row_stride=row_stride,
+        pixel_stride=pixel_stride,
+        tanh=tanh,
+        out=out.data_ptr(),
+    )
+    return out
+
+
+@image_uint8.register_fake
+def _(x: Tensor, tanh: bool = False) -> Tensor:
+    return torch.empty(_check(x), dtype=torch.uint8, device=x.device)
