@@ -1,0 +1,170 @@
+"""``p2pfast demo``: a street of our own, its picture, and a timing table."""
+
+from __future__ import annotations
+
+import html
+import tempfile
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from p2pfast.cli import tables
+from p2pfast.data import NUM_CLASSES, Scene, colorize, draw_scene
+from p2pfast.labelmap import LabelMap
+from p2pfast.pipeline import gallery, measure, network
+from p2pfast.pipeline.errors import UsageError
+from p2pfast.pipeline.images import write_image, write_text
+
+ASSET = "assets/demo_generator.safetensors"
+HEADINGS = ("network", "engine", "time", "images/s", "peak memory", "largest difference")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is drawn and timed; the generator was trained on streets 1024 pixels wide."""
+
+    width: int
+    height: int
+    generator_width: int
+    generator_height: int
+    flagship_options: dict[str, int]
+    title: str
+
+
+FULL = _Plan(2048, 1024, 1024, 512, {}, "pix2pixHD LocalEnhancer")
+QUICK = _Plan(256, 128, 256, 128, {"ngf": 8}, "pix2pixHD LocalEnhancer, ngf 8")
+
+
+@dataclass(frozen=True)
+class _Row:
+    network: str
+    engine: str
+    result: measure.Result
+    difference: str
+
+
+def run_demo(output: Path, seed: int, quick: bool, device_name: str, threads: int) -> None:
+    """Carry out the command. Raises UsageError, and typer.Exit(1) if p2pfast itself could not be timed."""
+    plan = QUICK if quick else FULL
+    device = network.choose_device(device_name)
+    if threads:
+        measure.set_threads(threads)
+    console = Console(stderr=True, highlight=False)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with resources.as_file(resources.files("p2pfast") / ASSET) as weights:
+            with console.status(f"drawing and translating a street of {plan.width}x{plan.height}"):
+                scene = draw_scene(seed, plan.width, plan.height, photo=False)
+                _translate(scene, plan, weights, device, output)
+            rows = _timings(plan, weights, seed, device, threads, console)
+        write_text(output / "index.html", _page(rows, device, quick))
+    except OSError as error:
+        raise UsageError(f"--output {output}: {error.strerror or error}") from error
+    Console(highlight=False).print(_table(rows))
+    typer.echo(f"pictures and page: {output / 'index.html'}")
+    broken = [row for row in rows if row.result.error]
+    for row in broken:
+        typer.echo(f"not timed: {row.network}, {row.engine}: {row.result.error}", err=True)
+    if broken:
+        raise typer.Exit(1)
+
+
+def _translate(scene: Scene, plan: _Plan, weights: Path, device: torch.device, output: Path) -> None:
+    step = plan.width // plan.generator_width
+    labels = torch.from_numpy(scene.labels[::step, ::step].copy())
+    instances = torch.from_numpy(scene.instances[::step, ::step].astype(np.int32))
+    ready = network.prepare(network.load_checkpoint(weights), torch.float32, device)
+    picture = network.run(ready, LabelMap(labels, instances, num_classes=NUM_CLASSES))[0].numpy()
+    write_image(output / "labels.png", colorize(scene.labels))
+    write_image(output / "result.png", picture)
+
+
+def _timings(
+    plan: _Plan, weights: Path, seed: int, device: torch.device, threads: int, console: Console
+) -> list[_Row]:
+    flagship = ("pix2pixhd-local", plan.width, plan.height, plan.title, plan.flagship_options)
+    nothing: dict[str, int] = {}
+    small = (str(weights), plan.generator_width, plan.generator_height, "demo generator", nothing)
+    rows: list[_Row] = []
+    with tempfile.TemporaryDirectory(prefix="p2pfast-demo-") as folder:
+        for name, width, height, title, options in (flagship, small):
+            heading = f"{title}\n{width}x{height}"
+            # The published network takes PyTorch ten seconds and more a picture: one run without a warm-up,
+            # which changes little at that length. Everything else is warmed up first.
+            slow = name == flagship[0] and not plan.flagship_options and device.type == "cpu"
+            outputs: dict[str, str] = {}
+            for engine in ("reference", "p2pfast"):
+                outputs[engine] = str(Path(folder) / f"{engine}.npy")
+                warmup, runs = (0, 1) if slow and engine == "reference" else (1, 3)
+                task = measure.Task(
+                    engine,
+                    name,
+                    width,
+                    height,
+                    device=device.type,
+                    warmup=warmup,
+                    runs=runs,
+                    threads=threads,
+                    scene=seed,
+                    output=outputs[engine],
+                    options=options,
+                )
+                with console.status(f"timing {title} {width}x{height}: {engine}"):
+                    result = measure.measure(task)
+                gap = ""
+                if engine == "p2pfast" and not result.error and not rows[-1].result.error:
+                    largest, share = measure.difference(outputs["reference"], outputs["p2pfast"])
+                    gap = f"{largest:.1e} of 2; {share:.2%} of bytes off by more than 1"
+                rows.append(_Row(heading, engine, result, gap))
+    return rows
+
+
+def _cells(row: _Row) -> tuple[str, ...]:
+    engine = "reference PyTorch" if row.engine == "reference" else row.engine
+    if row.result.error:
+        return row.network, engine, "not timed", "", "", ""
+    return (
+        row.network,
+        engine,
+        tables.timing(row.result),
+        tables.rate(row.result.median),
+        tables.memory(row.result.peak_bytes),
+        row.difference,
+    )
+
+
+def _table(rows: list[_Row]) -> Table:
+    table = Table(
+        title="Time and memory a picture, float32; each engine in a process of its own", title_justify="left"
+    )
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right")
+    for row in rows:
+        table.add_row(*_cells(row), end_section=row.engine == "p2pfast")
+    return table
+
+
+def _page(rows: list[_Row], device: torch.device, quick: bool) -> str:
+    head = "".join(f"<th>{heading}</th>" for heading in HEADINGS)
+    body = "\n".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row)) + "</tr>" for row in rows
+    )
+    where = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"the processor, {torch.get_num_threads()} threads"
+    )
+    note = " Sizes of a quick run; times of so small networks say little." if quick else ""
+    text = (
+        "<p>A street that p2pfast drew itself, and the picture that the small generator shipped with p2pfast "
+        f"makes of it. The table times float32 networks on {html.escape(where)}; the weights of the "
+        f"published network are random (seeded), which changes no timing.{note}</p>"
+    )
+    figure = gallery.figure("street", [("labels", "labels.png"), ("result", "result.png")])
+    return gallery.page("p2pfast demo", f"{text}\n{figure}\n<table>\n<tr>{head}</tr>\n{body}\n</table>")
