@@ -68,7 +68,7 @@ def _inputs(options: TranslateOptions) -> tuple[list[Item], list[Failure]]:
     )
 
 
-def _job(options: TranslateOptions, console: Console) -> Job:
+def _job(options: TranslateOptions) -> Job:
     size = SizePolicy.parse(options.size)
     dtype, device = network.choose_dtype(options.dtype), network.choose_device(options.device)
     if options.threads:
@@ -78,15 +78,17 @@ def _job(options: TranslateOptions, console: Console) -> Job:
     if options.labels is not None:
         classes = network.count_classes(channels, options.instances is not None, options.num_classes)
         if options.instances is None and options.num_classes is None:
-            console.print(
-                f"{classes} classes, no instance edges; add --instances if the network was trained with them"
+            typer.echo(
+                f"{classes} classes, no instance edges; add --instances if the network was trained with them",
+                err=True,
             )
     elif channels not in (1, 3):
         raise UsageError(f"the network takes {channels} channels, not a picture; use --labels for label maps")
     ready = network.prepare(model, dtype, device, options.evaluate)
     if ready.alone and options.batch_size > 1:
-        console.print(
-            "batches of 1: the network's BatchNorm or dropout is live, so pictures would mix (see --eval)"
+        typer.echo(
+            "batches of 1: the network's BatchNorm or dropout is live, so pictures would mix (see --eval)",
+            err=True,
         )
     return Job(ready, classes, size, options.batch_size, options.output if options.gallery else None)
 
@@ -100,7 +102,7 @@ def run_translate(options: TranslateOptions) -> None:
     except OSError as error:
         raise UsageError(f"--output {options.output}: cannot make the folder: {error.strerror}") from error
     wanted = items if options.overwrite else [item for item in items if not item.output.exists()]
-    job = _job(options, console)
+    job = _job(options)
     # stderr may be a file or a pipe: there the bar would be noise.
     bar = Progress(
         TextColumn("translating"),
@@ -121,10 +123,11 @@ def run_translate(options: TranslateOptions) -> None:
             _write_gallery(job, options, items)
     except KeyboardInterrupt:
         done = sum(item.output.exists() for item in items)
-        console.print(
+        remedy = " if you leave out --overwrite" if options.overwrite else ""
+        typer.echo(
             f"interrupted: {done} of {len(items)} results are complete in {options.output}; "
-            "the same command goes on from there"
-            + (" if you leave out --overwrite" if options.overwrite else "")
+            f"the same command goes on from there{remedy}",
+            err=True,
         )
         raise typer.Exit(INTERRUPTED) from None
     skipped = len(items) - len(wanted)
