@@ -167,7 +167,7 @@ def _page(rows: list[_Row], device: torch.device, quick: bool) -> str:
         "<p>A street that p2pfast drew itself, and the picture that the small generator shipped with p2pfast "
         f"makes of it. The tables time float32 networks on {html.escape(where)}, each engine in a process of "
         "its own; the weights of the published network are random (seeded), which changes no timing. The "
-        "largest difference is that of any value of the picture, and values span 2. Peak memory counts weights, "
+        "largest difference is that of any value of the picture; values span 2. Peak memory counts weights, "
         f"input and all that lies between.{note}</p>"
     )
     figure = gallery.figure("street", [("labels", "labels.png"), ("result", "result.png")])

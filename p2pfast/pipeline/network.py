@@ -51,18 +51,21 @@ def accelerate(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn
     """p2pfast's version of a network, on ``device``; it takes LabelMap as well as tensors."""
     import p2pfast
 
-    if not hasattr(p2pfast, "optimize"):
+    optimize = getattr(p2pfast, "optimize", None)
+    if optimize is None:
         return _Plain(model.to(device=device, dtype=dtype), dtype)
-    return p2pfast.optimize(model.to(device), dtype=dtype)
+    return optimize(model.to(device), dtype=dtype)
 
 
 class _Plain(nn.Module):
-    def __init__(self, model, dtype):
+    """The network as it is, fed with dense tensors."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
 
-    def forward(self, x):
-        return self.model(x.dense(self.dtype) if isinstance(x, LabelMap) else x.to(self.dtype))
+    def forward(self, given: LabelMap | Tensor) -> Tensor:
+        return self.model(given.dense(self.dtype) if isinstance(given, LabelMap) else given.to(self.dtype))
 
 
 def input_channels(model: nn.Module) -> int:
