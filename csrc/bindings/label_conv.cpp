@@ -25,6 +25,7 @@ T* pointer(uintptr_t address, const char* name) {
 
 void run(const LabelConvShape& shape, uintptr_t labels, uintptr_t edges, uintptr_t packed, uintptr_t out,
          bool out_bf16, uintptr_t scratch, uintptr_t partials, uintptr_t uniform) {
+  if (shape.batch == 0) return;
   if (shape.has_edges != (edges != 0))
     throw std::invalid_argument("label_conv: edges are to be given exactly when the shape has_edges");
   if (partials != 0 && shape.band_rows == 0)
@@ -33,7 +34,6 @@ void run(const LabelConvShape& shape, uintptr_t labels, uintptr_t edges, uintptr
     throw std::invalid_argument(
         "label_conv: uniform marks other windows with 255, which needs at most 255 classes");
   if (scratch % 8 != 0) throw std::invalid_argument("label_conv: scratch must be aligned to 8 bytes");
-  if (shape.batch == 0) return;
   label_conv().run({shape, pointer<const uint8_t>(labels, "labels"), reinterpret_cast<const uint8_t*>(edges),
                     pointer<const float>(packed, "packed"), pointer<void>(out, "out"), out_bf16,
                     reinterpret_cast<float*>(partials), reinterpret_cast<uint8_t*>(uniform),

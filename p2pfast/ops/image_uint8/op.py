@@ -14,7 +14,7 @@ def _check(x: Tensor) -> tuple[int, int, int, int]:
         raise TypeError(f"x has dtype {x.dtype}; float32, bfloat16 or float16 is expected")
     if x.dim() != 4 or not 1 <= x.shape[1] <= 4:
         raise ValueError(
-            f"x has shape {tuple(x.shape)}; (images, channels, height, width) with 1 to 4 channels is expected"
+            f"x has shape {tuple(x.shape)}; (images, 1 to 4 channels, height, width) is expected"
         )
     images, channels, height, width = x.shape
     return images, height, width, channels

@@ -59,8 +59,8 @@ def _check(
     if weight.dim() != 4 or weight.shape[1] != channels or weight.shape[2] != kernel:
         parts = f"num_classes ({num_classes})" + ("" if edges is None else " + 1 for the edges")
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}; (out_channels, {channels}, kernel, kernel) is expected, "
-            f"{channels} being {parts}"
+            f"weight has shape {tuple(weight.shape)}; (out_channels, {channels}, kernel, kernel) is "
+            f"expected: {channels} is {parts}"
         )
     if kernel % 2 == 0 or kernel > _MAX_KERNEL:
         raise ValueError(f"weight has a kernel of {kernel}; it must be odd and at most {_MAX_KERNEL}")
@@ -80,8 +80,8 @@ def _check(
     padding = kernel // 2
     if padding_mode == "reflect" and min(height, width) <= padding:
         raise ValueError(
-            f"the {'pooled ' if pool_levels else ''}map of {height}x{width} is too small for reflection padding "
-            f"of {padding}: both sides must be larger; use padding_mode='zeros' or a larger map"
+            f"the {'pooled ' if pool_levels else ''}map of {height}x{width} is too small for reflection "
+            f"padding of {padding}: both sides must be larger; use padding_mode='zeros' or a larger map"
         )
     return labels.shape[0], cout, height, width
 
@@ -148,6 +148,8 @@ def label_conv(
     batch, cout, height, width = shape
     _C.set_num_threads(torch.get_num_threads())
     labels = _as_bytes(labels, num_classes)
+    if batch == 0:
+        return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
     edges = None if edges is None else edges.contiguous()
     weight = weight.detach().to(torch.float32).contiguous()
     bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
