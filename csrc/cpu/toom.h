@@ -3,6 +3,8 @@
 // multiplications. See p2pfast/ops/conv/README.md for the mathematics.
 #pragma once
 
+#include <utility>
+
 #include "cpu/simd.h"
 
 namespace p2pfast::P2PFAST_LEVEL {
@@ -45,28 +47,46 @@ struct Toom {
   }
 };
 
-// o[i * so] = sum_j kMatrix.m[i][j] * d[j * sd] with the zeros and ones of the matrix compiled away.
-template <int kRows, int kColumns, class F>
-P2PFAST_INLINE void apply_matrix(F matrix, const Vec* d, int sd, Vec* o, int so) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
+// Calls f(std::integral_constant<int, 0>) ... f(std::integral_constant<int, kCount - 1>).
+template <int kCount, class F>
+P2PFAST_INLINE void unroll(F&& f) {
+  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, kIndex>{}), ...);
+  }(std::make_integer_sequence<int, kCount>{});
+}
+
+// o[i * so] = sum_j M::at(i, j) * d[j * sd], the matrix known at compile time: its zeros and ones cost
+// nothing.
+template <class M, int kRows, int kColumns>
+P2PFAST_INLINE void apply_matrix(const Vec* d, int sd, Vec* o, int so) {
+  unroll<kRows>([&](auto i) __attribute__((always_inline)) {
     Vec sum = Vec{};
     bool first = true;
-#pragma GCC unroll 16
-    for (int j = 0; j < kColumns; ++j) {
-      const float m = static_cast<float>(matrix(i, j));
-      if (m == 0.0f) continue;
-      const Vec v = d[j * sd];
-      if (first) {
-        sum = m == 1.0f ? v : v * m;
-      } else {
-        sum = m == 1.0f ? sum + v : m == -1.0f ? sum - v : sum + v * m;
+    unroll<kColumns>([&](auto j) __attribute__((always_inline)) {
+      constexpr float m = static_cast<float>(M::at(i, j));
+      if constexpr (m != 0.0f) {
+        const Vec v = d[j * sd];
+        if (first) {
+          sum = m == 1.0f ? v : v * m;
+        } else {
+          sum = m == 1.0f ? sum + v : m == -1.0f ? sum - v : sum + v * m;
+        }
+        first = false;
       }
-      first = false;
-    }
+    });
     o[i * so] = sum;
-  }
+  });
 }
+
+// The two matrices of a filtering that act on data, for apply_matrix.
+template <class F>
+struct InputMatrix {
+  static constexpr double at(int i, int j) { return F::m.bt[i][j]; }
+};
+template <class F>
+struct OutputMatrix {
+  static constexpr double at(int i, int j) { return F::m.at[i][j]; }
+};
 
 // F(4, 3) at 0, +-a, +-b, infinity. With these points the error is half of that with 1 and 2.
 struct F43 {
@@ -101,10 +121,10 @@ struct F23 {
   static constexpr Toom<2, 3> m{{0.0, 1.0, -1.0}};
   static constexpr int kPoints = 4;
   P2PFAST_INLINE static void input(const Vec* d, int sd, Vec* o, int so) {
-    apply_matrix<4, 4>([](int i, int j) { return m.bt[i][j]; }, d, sd, o, so);
+    apply_matrix<InputMatrix<F23>, 4, 4>(d, sd, o, so);
   }
   P2PFAST_INLINE static void output(const Vec* d, int sd, Vec* o, int so) {
-    apply_matrix<2, 4>([](int i, int j) { return m.at[i][j]; }, d, sd, o, so);
+    apply_matrix<OutputMatrix<F23>, 2, 4>(d, sd, o, so);
   }
 };
 
@@ -113,10 +133,10 @@ struct F42 {
   static constexpr Toom<4, 2> m{{0.0, 0.8, -0.8, 1.6}};
   static constexpr int kPoints = 5;
   P2PFAST_INLINE static void input(const Vec* d, int sd, Vec* o, int so) {
-    apply_matrix<5, 5>([](int i, int j) { return m.bt[i][j]; }, d, sd, o, so);
+    apply_matrix<InputMatrix<F42>, 5, 5>(d, sd, o, so);
   }
   P2PFAST_INLINE static void output(const Vec* d, int sd, Vec* o, int so) {
-    apply_matrix<4, 5>([](int i, int j) { return m.at[i][j]; }, d, sd, o, so);
+    apply_matrix<OutputMatrix<F42>, 4, 5>(d, sd, o, so);
   }
 };
 
@@ -125,10 +145,10 @@ struct F22 {
   static constexpr Toom<2, 2> m{{0.0, 1.0}};
   static constexpr int kPoints = 3;
   P2PFAST_INLINE static void input(const Vec* d, int sd, Vec* o, int so) {
-    apply_matrix<3, 3>([](int i, int j) { return m.bt[i][j]; }, d, sd, o, so);
+    apply_matrix<InputMatrix<F22>, 3, 3>(d, sd, o, so);
   }
   P2PFAST_INLINE static void output(const Vec* d, int sd, Vec* o, int so) {
-    apply_matrix<2, 3>([](int i, int j) { return m.at[i][j]; }, d, sd, o, so);
+    apply_matrix<OutputMatrix<F22>, 2, 3>(d, sd, o, so);
   }
 };
 

@@ -14,18 +14,16 @@
 
 namespace p2pfast::P2PFAST_LEVEL {
 
-// Rows that are a multiple of the cache's aliasing distance apart fight for the same sets.
-inline int64_t row_floats(int64_t channels) {
-  const int64_t n = round_up(channels, 16);
-  return n % 256 == 0 ? n + 16 : n;
-}
+// A stride in floats of at least n: an odd number of cache lines, so that what is read or written one
+// stride apart spreads over all sets of the cache.
+inline int64_t spread(int64_t n) { return ceil_div(n, 16) % 2 == 0 ? round_up(n, 16) + 16 : round_up(n, 16); }
 
 template <class S>
 struct Winograd {
   static constexpr int kPoints2 = S::kPoints * S::kPoints;
   static constexpr int kSums2 = S::kSums * S::kSums;
   static constexpr int kTaps2 = S::kTaps * S::kTaps;
-  static constexpr int kChunk = 64;                                      // channels of one gather
+  static constexpr int kChunk = kPoints2 > 40 ? 32 : 64;                 // channels of one gather
   static constexpr int kPiece = max2(2, min2(16, 96 / S::kStepIn));      // tiles of one gather
   static constexpr int kPieceColumns = S::kStepIn * (kPiece - 1) + S::kWindow;
   static constexpr int kGatherFloats = S::kWindow * kPieceColumns * kChunk + kGatherSlack;
@@ -35,7 +33,7 @@ struct Winograd {
   const int tiles_y = static_cast<int>(ceil_div(args.out_height, S::kStepOut));
   const int tiles_x = static_cast<int>(ceil_div(args.out_width, S::kStepOut));
   const int64_t tiles = static_cast<int64_t>(tiles_y) * tiles_x;
-  const int64_t lda = row_floats(channels);
+  const int64_t block_lda = spread(channels);
   const int out_channels = static_cast<int>(round_up(args.out_channels, kLanes));
 
   // Panels of weights: all full but the last.
@@ -44,38 +42,48 @@ struct Winograd {
   // --- weights ---------------------------------------------------------------------------------
 
   // Transforms input channels [k0, k0 + depth) of output channels [c, c + vectors * kLanes):
-  // u[point * point_stride + (k - k0) * vectors * kLanes + lane].
+  // u[point * point_stride + (k - k0) * vectors * kLanes + lane]. depth is at most kStage.
   template <class W>
   void transform_weights(int k0, int depth, int c, int vectors, float* u, int64_t point_stride) const {
     const W* weight = static_cast<const W*>(args.weight);
-    for (int k = 0; k < depth; ++k) {
-      for (int v = 0; v < vectors; ++v) {
-        Vec taps[kTaps2], half[S::kPoints * S::kTaps];
-        const int first = c + v * kLanes;
-        const int valid = max2(0, min2(kLanes, args.out_channels - first));
-        alignas(64) float lanes[kTaps2][kLanes] = {};
-        for (int l = 0; l < valid; ++l) {
-          const W* w = weight + (first + l) * args.weight_out_stride + (k0 + k) * args.weight_in_stride;
+    for (int v = 0; v < vectors; ++v) {
+      const int first = c + v * kLanes;
+      const int valid = max2(0, min2(kLanes, args.out_channels - first));
+      // Copied first, one output channel after the other: they lie a power of two apart in memory,
+      // where reading them side by side would use a single set of the cache.
+      alignas(64) float stage[kStage * kTaps2 * kLanes];
+      if (valid < kLanes) std::memset(stage, 0, sizeof(stage));
+      for (int l = 0; l < valid; ++l) {
+        const W* w = weight + (first + l) * args.weight_out_stride + k0 * args.weight_in_stride;
+        float* to = stage + l;
+        for (int k = 0; k < depth; ++k, w += args.weight_in_stride) {
 #pragma GCC unroll 16
-          for (int t = 0; t < kTaps2; ++t) lanes[t][l] = to_float(w[t]);
+          for (int t = 0; t < kTaps2; ++t, to += kLanes) *to = to_float(w[t]);
         }
+      }
+      for (int k = 0; k < depth; ++k) {
+        const float* from = stage + k * kTaps2 * kLanes;
+        Vec taps[kTaps2], half[S::kPoints * S::kTaps];
 #pragma GCC unroll 16
-        for (int t = 0; t < kTaps2; ++t) taps[t] = load(lanes[t]);
-        auto g = [](int i, int j) { return S::weight(i, j); };
+        for (int t = 0; t < kTaps2; ++t) taps[t] = load(from + t * kLanes);
 #pragma GCC unroll 4
         for (int x = 0; x < S::kTaps; ++x)
-          apply_matrix<S::kPoints, S::kTaps>(g, taps + x, S::kTaps, half + x, S::kTaps);
+          apply_matrix<Weights, S::kPoints, S::kTaps>(taps + x, S::kTaps, half + x, S::kTaps);
         float* to = u + static_cast<int64_t>(k) * vectors * kLanes + v * kLanes;
 #pragma GCC unroll 10
         for (int i = 0; i < S::kPoints; ++i) {
           Vec row[S::kPoints];
-          apply_matrix<S::kPoints, S::kTaps>(g, half + i * S::kTaps, 1, row, 1);
+          apply_matrix<Weights, S::kPoints, S::kTaps>(half + i * S::kTaps, 1, row, 1);
 #pragma GCC unroll 10
           for (int j = 0; j < S::kPoints; ++j) store(to + (i * S::kPoints + j) * point_stride, row[j]);
         }
       }
     }
   }
+  static constexpr int kStage = 64;
+  struct Weights {
+    static constexpr double at(int point, int tap) { return S::weight(point, tap); }
+  };
 
   void transform_any_weights(int k0, int depth, int c, int vectors, float* u, int64_t point_stride) const {
     if (args.weight_dtype == DType::kFloat32) {
@@ -103,16 +111,16 @@ struct Winograd {
 
   // --- input -----------------------------------------------------------------------------------
 
-  // Tiles [t, t + count) of one row of tiles, channels [c0, c0 + n), into v[point][.][channel].
+  // `count` tiles of one row of tiles, channels [c0, c0 + n), into v[point * point_stride + tile * lda + channel - c0].
   void transform_input(int64_t image, int tile_y, int tile_x, int count, int c0, int n, float* window, float* v,
-                       int64_t point_stride) const {
+                       int64_t lda, int64_t point_stride) const {
     const int columns = S::kStepIn * (count - 1) + S::kWindow;
     const int64_t to_row = static_cast<int64_t>(columns) * n;
     gather(args, image, S::kStepIn * tile_y + S::origin(args.pad_top), S::kWindow,
            S::kStepIn * tile_x + S::origin(args.pad_left), columns, c0, n, window, n, to_row);
     for (int t = 0; t < count; ++t) {
       const float* from = window + static_cast<int64_t>(t) * S::kStepIn * n;
-      float* to = v + t * lda + c0;
+      float* to = v + t * lda;
       for (int c = 0; c < n; c += kLanes) {
         Vec half[S::kPoints * S::kWindow];
 #pragma GCC unroll 10
@@ -135,9 +143,9 @@ struct Winograd {
 
   // --- products --------------------------------------------------------------------------------
 
-  // sums[s][row][column] over `rows` tiles and `vectors` * kLanes columns; see kSums2.
-  void multiply(const float* v, int64_t v_point, int rows, const float* u, int64_t u_point, int depth, int vectors,
-                float* sums, int64_t ldc, int64_t sum_stride, bool first) const {
+  // sums[s][row][column] over `rows` tiles and the `vectors` * kLanes columns of one panel; see kSums2.
+  void multiply(const float* v, int64_t lda, int64_t v_point, int rows, const float* u, int64_t u_point, int depth, int vectors,
+                float* sums, int64_t sum_stride, bool first) const {
 #pragma GCC unroll 1
     for (int i = 0; i < S::kPoints; ++i) {
 #pragma GCC unroll 1
@@ -146,7 +154,7 @@ struct Winograd {
         const bool fresh = first && si == i && sj == j;
         const int point = i * S::kPoints + j;
         gemm_panel(vectors, rows, v + point * v_point, lda, u + point * u_point,
-                   sums + (si * S::kSums + sj) * sum_stride, ldc, depth, !fresh);
+                   sums + (si * S::kSums + sj) * sum_stride, kPanel, depth, !fresh);
       }
     }
   }
@@ -183,7 +191,7 @@ struct Winograd {
 
   // Stores tiles [first, first + count) of an image and their statistics as part `part`.
   template <class T>
-  void store_tiles(int64_t image, int64_t first, int count, int c0, int width, const float* sums, int64_t ldc,
+  void store_tiles(int64_t image, int64_t first, int count, int c0, int width, const float* sums,
                    int64_t sum_stride, int64_t part, int64_t parts) const {
     constexpr int kMaxVectors = 16;
     for (int g = 0; g < width; g += kMaxVectors * kLanes) {
@@ -198,8 +206,8 @@ struct Winograd {
       for (int t = 0; t < count; ++t) {
         const int ty = static_cast<int>((first + t) / tiles_x), tx = static_cast<int>((first + t) % tiles_x);
         for (int v = 0; v < vectors; ++v)
-          store_tile<T>(image, ty, tx, c0 + g + v * kLanes, sums + t * ldc + g + v * kLanes, sum_stride, bias[v],
-                        moments[v]);
+          store_tile<T>(image, ty, tx, c0 + g + v * kLanes, panel_of(sums, g + v * kLanes, sum_stride) + t * kPanel,
+                        sum_stride, bias[v], moments[v]);
       }
       if (!args.partial) continue;
       const int stride = stats_stride(args);
@@ -209,12 +217,12 @@ struct Winograd {
     }
   }
 
-  void store_any_tiles(int64_t image, int64_t first, int count, int c0, int width, const float* sums, int64_t ldc,
+  void store_any_tiles(int64_t image, int64_t first, int count, int c0, int width, const float* sums,
                        int64_t sum_stride, int64_t part, int64_t parts) const {
     if (args.out.dtype == DType::kFloat32) {
-      store_tiles<float>(image, first, count, c0, width, sums, ldc, sum_stride, part, parts);
+      store_tiles<float>(image, first, count, c0, width, sums, sum_stride, part, parts);
     } else {
-      store_tiles<bf16>(image, first, count, c0, width, sums, ldc, sum_stride, part, parts);
+      store_tiles<bf16>(image, first, count, c0, width, sums, sum_stride, part, parts);
     }
   }
 
@@ -235,12 +243,21 @@ struct Winograd {
   int64_t blocks() const { return ceil_div(tiles, block_tiles()); }
   int block_group() const { return min2<int>(out_channels, max2<int>(kPanel, round_up(args.group, kPanel))); }
 
+  int64_t v_point(int64_t rows) const { return spread(rows * block_lda); }
+  static int64_t sum_stride(int64_t rows) { return spread(rows * kPanel); }
+  int64_t sums_floats(int64_t rows) const { return ceil_div(block_group(), kPanel) * kSums2 * sum_stride(rows); }
+  // Sums are kept panel by panel: rows of a panel are contiguous, and a panel's sums fit the L2 cache.
+  template <class P>
+  static P* panel_of(P* sums, int column, int64_t stride) {
+    return sums + column / kPanel * kSums2 * stride + column % kPanel;
+  }
+
   struct BlockScratch {
     float *window, *v, *sums;
   };
   BlockScratch carve_block(Carver& carver) const {
-    return {carver.floats(kGatherFloats), carver.floats(kPoints2 * block_tiles() * lda + kLanes),
-            carver.floats(static_cast<int64_t>(kSums2) * block_tiles() * block_group())};
+    return {carver.floats(kGatherFloats), carver.floats(kPoints2 * v_point(block_tiles()) + kLanes),
+            carver.floats(sums_floats(block_tiles()))};
   }
   int64_t block_workspace(int threads) const {
     Carver carver{nullptr};
@@ -251,7 +268,7 @@ struct Winograd {
   void run_blocks() const {
     const int64_t per_image = blocks();
     const int64_t share = block_workspace(1);
-    const int64_t v_point = block_tiles() * lda;
+    const int64_t v_stride = v_point(block_tiles()), sums_stride = sum_stride(block_tiles());
     parallel_for(args.images * per_image, [&](int64_t task, int worker) {
       Carver carver{static_cast<char*>(args.workspace) + worker * share};
       const BlockScratch scratch = carve_block(carver);
@@ -259,22 +276,21 @@ struct Winograd {
       const int count = static_cast<int>(min2<int64_t>(block_tiles(), tiles - first));
       for_pieces(first, count, [&](int ty, int tx, int n, int64_t at) {
         for (int c0 = 0; c0 < channels; c0 += kChunk)
-          transform_input(image, ty, tx, n, c0, min2(kChunk, channels - c0), scratch.window, scratch.v + at * lda,
-                          v_point);
+          transform_input(image, ty, tx, n, c0, min2(kChunk, channels - c0), scratch.window,
+                          scratch.v + at * block_lda + c0, block_lda, v_stride);
       });
-      const int64_t sum_stride = static_cast<int64_t>(block_tiles()) * block_group();
       for (int c0 = 0; c0 < out_channels; c0 += block_group()) {
         const int width = min2(block_group(), out_channels - c0);
         for (int c = 0; c < width; c += kPanel) {
           const int vectors = panel_vectors(width - c);
           for (int k0 = 0; k0 < channels; k0 += kDepth) {
-            multiply(scratch.v + k0, v_point, count,
+            multiply(scratch.v + k0, block_lda, v_stride, count,
                      args.packed + static_cast<int64_t>(c0 + c) * channels + static_cast<int64_t>(k0) * vectors * kLanes,
                      static_cast<int64_t>(channels) * out_channels, min2(kDepth, channels - k0), vectors,
-                     scratch.sums + c, block_group(), sum_stride, k0 == 0);
+                     panel_of(scratch.sums, c, sums_stride), sums_stride, k0 == 0);
           }
         }
-        store_any_tiles(image, first, count, c0, width, scratch.sums, block_group(), sum_stride, block, per_image);
+        store_any_tiles(image, first, count, c0, width, scratch.sums, sums_stride, block, per_image);
       }
     });
   }
@@ -286,16 +302,18 @@ struct Winograd {
   int64_t all_tiles() const { return args.images * tiles; }
   int64_t pass_tiles() const { return min2<int64_t>(all_tiles(), max2(kMaxRows, args.block)); }
   int64_t passes() const { return ceil_div(all_tiles(), pass_tiles()); }
-  static constexpr int kStreamDepth = kPoints2 > 40 ? 32 : 64;
+  // The input's points are kept chunk by chunk of channels, so that each product reads them in order.
+  static constexpr int64_t kStreamLda = kChunk + 16;
+  int64_t stream_point() const { return spread(pass_tiles() * kStreamLda); }
 
   struct StreamScratch {
     float *window, *u, *sums;
   };
   StreamScratch carve_stream(Carver& carver) const {
-    return {carver.floats(kGatherFloats), carver.floats(static_cast<int64_t>(kPoints2) * kStreamDepth * kPanel),
-            carver.floats(static_cast<int64_t>(kSums2) * pass_tiles() * block_group())};
+    return {carver.floats(kGatherFloats), carver.floats(kPoints2 * spread(kChunk * kPanel)),
+            carver.floats(sums_floats(pass_tiles()))};
   }
-  int64_t v_floats() const { return kPoints2 * pass_tiles() * lda + kLanes; }
+  int64_t v_floats() const { return ceil_div(channels, kChunk) * kPoints2 * stream_point() + kLanes; }
   int64_t stream_workspace(int threads) const {
     Carver shared{nullptr}, own{nullptr};
     shared.floats(v_floats());
@@ -310,7 +328,7 @@ struct Winograd {
     float* const v = shared.floats(v_floats());
     Carver measure{nullptr};
     carve_stream(measure);
-    const int64_t share = measure.used, v_point = pass_tiles() * lda;
+    const int64_t share = measure.used, v_stride = stream_point(), sums_stride = sum_stride(pass_tiles());
     auto own = [&](int worker) {
       Carver carver{static_cast<char*>(args.workspace) + shared.used + worker * share};
       return carve_stream(carver);
@@ -323,32 +341,32 @@ struct Winograd {
       parallel_for(pieces * chunks, [&](int64_t task, int worker) {
         const StreamScratch scratch = own(worker);
         const int c0 = static_cast<int>(task % chunks) * kChunk;
+        float* const chunk = v + task % chunks * kPoints2 * v_stride;
         const int64_t from = begin + task / chunks * kPiece, to = min2(end, from + kPiece);
         for_images(from, to, [&](int64_t image, int64_t first, int64_t count, int64_t at) {
           for_pieces(first, count, [&](int ty, int tx, int n, int64_t offset) {
             transform_input(image, ty, tx, n, c0, min2(kChunk, channels - c0), scratch.window,
-                            v + (from - begin + at + offset) * lda, v_point);
+                            chunk + (from - begin + at + offset) * kStreamLda, kStreamLda, v_stride);
           });
         });
       });
       const int count = static_cast<int>(end - begin);
-      const int64_t sum_stride = static_cast<int64_t>(pass_tiles()) * block_group();
       parallel_for(groups, [&](int64_t group, int worker) {
         const StreamScratch scratch = own(worker);
         const int c0 = static_cast<int>(group) * block_group(), width = min2(block_group(), out_channels - c0);
         for (int c = 0; c < width; c += kPanel) {
           const int vectors = panel_vectors(width - c);
-          for (int k0 = 0; k0 < channels; k0 += kStreamDepth) {
-            const int depth = min2(kStreamDepth, channels - k0);
-            const int64_t u_point = static_cast<int64_t>(kStreamDepth) * vectors * kLanes;
+          for (int k0 = 0; k0 < channels; k0 += kChunk) {
+            const int depth = min2(kChunk, channels - k0);
+            const int64_t u_point = spread(kChunk * vectors * kLanes);
             transform_any_weights(k0, depth, c0 + c, vectors, scratch.u, u_point);
-            multiply(v + k0, v_point, count, scratch.u, u_point, depth, vectors, scratch.sums + c, block_group(),
-                     sum_stride, k0 == 0);
+            multiply(v + k0 / kChunk * kPoints2 * v_stride, kStreamLda, v_stride, count, scratch.u, u_point, depth, vectors, panel_of(scratch.sums, c, sums_stride),
+                     sums_stride, k0 == 0);
           }
         }
         for_images(begin, end, [&](int64_t image, int64_t first, int64_t n, int64_t at) {
-          store_any_tiles(image, first, static_cast<int>(n), c0, width, scratch.sums + at * block_group(),
-                          block_group(), sum_stride, pass, passes());
+          store_any_tiles(image, first, static_cast<int>(n), c0, width, scratch.sums + at * kPanel, sums_stride, pass,
+                          passes());
         });
       });
     }
