@@ -144,8 +144,9 @@ def _read(job: Job, item: Item) -> _Input:
         height, width = job.size.target(pixels.shape[0], pixels.shape[1], fit)
         return _Input(item, sizes.pad(sizes.resize_image(pixels, height, width), fit), None, height, width)
     labels = read_ids(item.source, "label map")
-    if int(labels.max()) >= job.num_classes:
-        row, column = (int(index[0]) for index in np.nonzero(labels >= job.num_classes))
+    wrong = (labels < 0) | (labels >= job.num_classes)
+    if wrong.any():
+        row, column = (int(index[0]) for index in np.nonzero(wrong))
         raise InputError(
             f"label {labels[row, column]} at row {row}, column {column}; the network knows 0 to "
             f"{job.num_classes - 1}"
@@ -157,6 +158,8 @@ def _read(job: Job, item: Item) -> _Input:
             instances = read_ids(item.instances, "instance map")
         except InputError as error:
             raise InputError(f"instance map {item.instances}: {error}") from None
+        if int(instances.min()) < 0:
+            raise InputError(f"instance map {item.instances}: negative id {int(instances.min())}")
         if instances.shape != labels.shape:
             raise InputError(
                 f"{labels.shape[1]}x{labels.shape[0]} pixels, but its instance map {item.instances} has "
