@@ -58,12 +58,16 @@ $(VENV)/tools.stamp:
 	$(PIP) install "setuptools>=77" wheel "pybind11>=2.13" ninja "cmake>=3.24"
 	touch $@
 
-# By itself, so that no other package's requirement decides which build of torch is fetched.
+# Alone, so that no other requirement decides which build of torch is fetched and the extra index serves
+# nothing else; its dependencies come with p2pfast's. Without that index (no network route to it, say) pip
+# warns and takes what the usual ones have.
 $(VENV)/torch.stamp: $(VENV)/tools.stamp
-	$(PIP) install --retries 2 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"
+	@echo "installing $(TORCH) into $(VENV)"
+	$(PIP) install --no-deps --retries 1 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"
 	touch $@
 
 $(VENV)/installed.stamp: $(VENV)/torch.stamp pyproject.toml setup.py CMakeLists.txt $(NATIVE)
+	@echo "installing p2pfast into $(VENV): dependencies and the native build, about 3 minutes the first time"
 	$(PIP) install --no-build-isolation -e ".[test]"
 	touch $@
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 
 # Before torch is imported: two threads exercise the parallel code without fighting over small machines.
@@ -8,6 +10,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 # Triton's kernels run in its interpreter where there is no GPU; the choice is made when they are defined.
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Another build of the native module, such as the one with 16 lanes made of AVX2 instructions.
+if os.environ.get("P2PFAST_TEST_MODULE"):
+    _spec = importlib.util.spec_from_file_location("p2pfast._C", os.environ["P2PFAST_TEST_MODULE"])
+    assert _spec is not None and _spec.loader is not None
+    sys.modules["p2pfast._C"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["p2pfast._C"])
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

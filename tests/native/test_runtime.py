@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from p2pfast import _C
+
+
+def test_levels() -> None:
+    levels = _C.levels()
+    assert levels[0] == "baseline" and _C.active_level() in levels and _C.supported_level() in levels
+    assert _C.missing_for(_C.supported_level()) == ""
+
+
+def test_set_active_level(cpu_level: str) -> None:
+    assert _C.active_level() == cpu_level
+
+
+def test_wrong_level_keeps_the_active_one() -> None:
+    before = _C.active_level()
+    with pytest.raises(RuntimeError, match=r'set_active_level\("sse9"\): unknown instruction-set level'):
+        _C.set_active_level("sse9")
+    for level in _C.levels():
+        missing = _C.missing_for(level)
+        if missing:
+            with pytest.raises(RuntimeError, match=f"lacks {missing.split(',')[0]}"):
+                _C.set_active_level(level)
+    assert _C.active_level() == before
+
+
+def test_missing_for_an_unknown_level() -> None:
+    with pytest.raises(ValueError, match="sse9"):
+        _C.missing_for("sse9")
+
+
+def test_threads_belong_to_the_calling_thread() -> None:
+    before = _C.num_threads()
+    seen: list[int] = []
+
+    def other() -> None:
+        _C.set_num_threads(3)
+        seen.append(_C.num_threads())
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert seen == [3] and _C.num_threads() == before
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_needs_a_thread(threads: int) -> None:
+    with pytest.raises(ValueError, match=f"threads is {threads}"):
+        _C.set_num_threads(threads)
+
+
+def test_build_info() -> None:
+    info = _C.build_info()
+    assert info["compiler"] and info["levels"] == _C.levels()
+    assert bool(info["cuda"]) == bool(info["cuda_architectures"]) == (not info["cuda_reason"])
+    if info["cuda"]:
+        assert info["cuda_architectures"].split() == ["sm_80", "sm_90a", "compute_90"]
+        assert hasattr(_C, "cuda_instance_edges")
