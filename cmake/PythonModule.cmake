@@ -13,6 +13,8 @@ file(CONFIGURE OUTPUT generated/bindings.inc CONTENT "${P2PFAST_BINDINGS}" @ONLY
 
 pybind11_add_module(_C MODULE NO_EXTRAS csrc/bindings.cpp ${binding_sources})
 target_link_libraries(_C PRIVATE p2pfast_native)
+# Bindings only hand numbers over; most of their build time would go into optimising pybind11.
+target_compile_options(_C PRIVATE -O1)
 target_include_directories(_C PRIVATE ${CMAKE_CURRENT_BINARY_DIR}/generated)
 if(P2PFAST_CUDA_OBJECTS)
   target_sources(_C PRIVATE ${P2PFAST_CUDA_OBJECTS})
