@@ -1,0 +1,1 @@
+"""Capture of a module into a graph of fused operations."""

@@ -1,0 +1,79 @@
+"""``explain``: which kernel runs each layer of an optimised network, how long it takes, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from p2pfast.fuse.optimize import Optimized
+
+
+@dataclass
+class Row:
+    """One operation: its name in the network, its kernel, and what the last run took."""
+
+    name: str
+    kernel: str
+    detail: str
+    seconds: float
+    gigaflops: float
+    megabytes: float
+
+
+@dataclass
+class Explanation:
+    """What :func:`explain` returns; ``str()`` makes a table of it."""
+
+    rows: list[Row] = field(default_factory=list)
+    unfused: list[tuple[str, str]] = field(default_factory=list)
+    note: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """Time of the native steps of the last run."""
+        return sum(row.seconds for row in self.rows)
+
+    def __str__(self) -> str:
+        lines = [self.note] if self.note else []
+        if self.rows:
+            width = max(len(r.name) for r in self.rows)
+            detail = max(len(r.detail) for r in self.rows)
+            lines.append(
+                f"{'layer':{width}}  {'kernel':14}  {'shape':{detail}}  {'ms':>8}  {'GFLOP/s':>8}  {'MB':>7}"
+            )
+            for r in self.rows:
+                speed = f"{r.gigaflops:8.0f}" if r.gigaflops else " " * 8
+                lines.append(
+                    f"{r.name:{width}}  {r.kernel:14}  {r.detail:{detail}}  {r.seconds * 1e3:8.2f}  {speed}  "
+                    f"{r.megabytes:7.1f}"
+                )
+            lines.append(f"native steps: {self.seconds * 1e3:.1f} ms")
+        for name, reason in self.unfused:
+            lines.append(f"left to PyTorch: {name}: {reason}")
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module) -> Explanation:
+    """What ran in the last call of an optimised network.
+
+    GFLOP/s counts the operations really done (minimal filtering needs fewer than the convolution's
+    definition); MB is what the layer reads and writes at least.
+
+    Raises TypeError for a module that :func:`p2pfast.optimize` did not return.
+    """
+    if not isinstance(model, Optimized):
+        raise TypeError(f"model is {type(model).__name__}; explain takes what p2pfast.optimize returns")
+    state = model.__dict__["_p2pfast"]
+    if state.reason is not None:
+        return Explanation(note=f"runs in PyTorch: {state.reason}")
+    if state.engine is None or state.engine.last is None:
+        return Explanation(note="not run yet: call the network once, then explain it")
+    plan, graph, seconds = state.engine.last
+    rows = []
+    for index, report in enumerate(plan.reports):
+        last = plan.reports[index + 1].step if index + 1 < len(plan.reports) else len(seconds)
+        spent = sum(seconds[report.step : last])
+        speed = 2e-9 * report.multiplications / spent if spent and report.multiplications else 0.0
+        rows.append(Row(report.name, report.kernel, report.detail, spent, speed, report.bytes / 1e6))
+    return Explanation(rows, list(graph.notes))
