@@ -15,8 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from p2pfast.fuse.graph import (
     Act,
@@ -65,30 +63,69 @@ def trace(module: nn.Module) -> fx.GraphModule:
     return fx.GraphModule(module, tracer.trace(module))
 
 
-def _example(value: Any, mode: FakeTensorMode) -> Any:
-    if isinstance(value, LabelMap):
-        with mode:
-            return torch.empty(value.shape, dtype=torch.float32)
-    if isinstance(value, torch.Tensor):
-        return mode.from_tensor(value.detach() if value.requires_grad else value)
-    return value
+class _Unknown:
+    """The shape of a value that only running can tell."""
+
+
+_UNKNOWN = _Unknown()
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a traced module on meta tensors. An operation that cannot run there has no known shape: it
+    is left to PyTorch, which also raises what it has to say about it."""
+
+    def __init__(self, traced: fx.GraphModule) -> None:
+        super().__init__(traced, garbage_collect_values=False)
+        self.twins: dict[int, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result: Any = _UNKNOWN
+        if not any(self.env.get(source) is _UNKNOWN for source in n.all_input_nodes):
+            try:
+                result = super().run_node(n)
+            except Exception:
+                result = _UNKNOWN
+        if isinstance(result, torch.Tensor):
+            n.meta["val"] = result
+        return result
+
+    def _meta(self, value: Any) -> Any:
+        if id(value) not in self.twins:
+            self.twins[id(value)] = torch.empty_like(value, device="meta")
+        return self.twins[id(value)]
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(target)
+        state = {name: self._meta(p) for name, p in [*module.named_parameters(), *module.named_buffers()]}
+        return torch.func.functional_call(module, state, args, kwargs)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = self.fetch_attr(target)
+        return self._meta(value) if isinstance(value, torch.Tensor) else value
 
 
 def propagate_shapes(traced: fx.GraphModule, inputs: dict[str, Any], dtype: torch.dtype | None) -> None:
-    """Notes every node's value as a fake tensor in ``node.meta["val"]``; raises what eager would raise.
+    """Notes every tensor's shape and layout as a meta tensor in ``node.meta["val"]``.
 
     Shapes do not depend on the precision, so floating-point inputs take the parameters' dtype.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def example(value: Any) -> Any:
+        if isinstance(value, LabelMap):
+            return torch.empty(value.shape, dtype=dtype or torch.float32, device="meta")
+        if isinstance(value, torch.Tensor):
+            kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
+            return torch.empty_like(value, device="meta", dtype=kind)
+        return value
+
+    for node in traced.graph.nodes:
+        node.meta.pop("val", None)
     examples = []
     for node in traced.graph.nodes:
         if node.op == "placeholder":
-            value = _example(inputs[node.name], mode) if node.name in inputs else node.args[0]
-            if dtype is not None and isinstance(value, torch.Tensor) and value.is_floating_point():
-                value = value.to(dtype)
-            examples.append(value)
-    with torch.no_grad():
-        FakeTensorProp(traced, mode).propagate_dont_convert_inputs(*examples)
+            examples.append(example(inputs[node.name] if node.name in inputs else node.args[0]))
+    with torch.no_grad(), torch.device("meta"):
+        _Shapes(traced).run(*examples)
 
 
 def _activation(module: nn.Module) -> Act | None:
@@ -145,7 +182,7 @@ def _is_channels_last(node: fx.Node) -> bool:
 
 
 class Matcher:
-    """Builds a :class:`Graph` from a traced module whose nodes carry fake tensors."""
+    """Builds a :class:`Graph` from a traced module whose nodes carry meta tensors."""
 
     def __init__(self, traced: fx.GraphModule, inputs: dict[str, Any]) -> None:
         self.traced = traced
@@ -184,7 +221,6 @@ class Matcher:
             and value.dim() == 4
             and value.is_floating_point()
             and value.numel() > 0
-            and value.device.type == "cpu"
         )
 
     def _placeholder(self, node: fx.Node) -> None:
@@ -261,6 +297,8 @@ class Matcher:
     # --- operations --------------------------------------------------------------------------------
 
     def _operation(self, node: fx.Node) -> None:
+        if "val" not in node.meta:
+            return self._foreign(node, "its result is no tensor, or its shape depends on data")
         if node.op == "call_module":
             module = self.modules[str(node.target)]
             if _has_hooks(module):
@@ -526,8 +564,8 @@ class Matcher:
             return self._act(node, Act(_FUNCTIONAL_ACTS[target]), inplace)
         if target is F.leaky_relu:
             slope = node.kwargs.get("negative_slope", node.args[1] if len(node.args) > 1 else 0.01)
-            inplace = node.kwargs.get("inplace", node.args[2] if len(node.args) > 2 else False)
-            return self._act(node, Act("leaky_relu", float(slope)), bool(inplace))  # type: ignore[arg-type]
+            in_place = node.kwargs.get("inplace", node.args[2] if len(node.args) > 2 else False)
+            return self._act(node, Act("leaky_relu", float(slope)), bool(in_place))  # type: ignore[arg-type]
         if target is F.pad and len(node.args) >= 2:
             amounts, value = node.args[1], node.kwargs.get("value", node.args[3] if len(node.args) > 3 else 0)
             mode = node.kwargs.get("mode", node.args[2] if len(node.args) > 2 else "constant")

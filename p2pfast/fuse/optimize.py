@@ -86,7 +86,8 @@ class _State:
     def __init__(self, module: nn.Module, options: dict[str, Any]) -> None:
         self.options = options
         # The same object state under the original class: what runs when PyTorch does.
-        self.plain = module.__original_class__.__new__(module.__original_class__)  # type: ignore[attr-defined]
+        original: Any = type(module).__original_class__  # type: ignore[attr-defined]
+        self.plain: nn.Module = original.__new__(original)
         self.plain.__dict__ = module.__dict__
         self.reason: str | None = None
         self.failed: set[str] = set()
@@ -133,8 +134,8 @@ class _State:
         if self.reason not in self.failed:
             self.failed.add(self.reason)
             warnings.warn(
-                f"p2pfast could not run {type(self.plain).__name__} fused and left it to PyTorch ({self.reason}); "
-                f"{_TRACKER}",
+                f"p2pfast could not run {type(self.plain).__name__} fused and left it to PyTorch "
+                f"({self.reason}); {_TRACKER}",
                 RuntimeWarning,
                 stacklevel=4,
             )

@@ -19,15 +19,14 @@ from p2pfast.fuse.graph import (
     Act,
     AddOp,
     ApplyOp,
-    Base,
     ConvOp,
     ForeignOp,
     Graph,
     ImportOp,
     LabelConvOp,
     Norm,
-    Opaque,
     Op,
+    Opaque,
     PoolOp,
     View,
     map_views,
@@ -173,7 +172,7 @@ class Planner:
         self.buffers: list[Buffer] = []
         self.steps: list[Callable[[Any], int]] = []
         self.stored: dict[int, Stored] = {}
-        self.norms: dict[tuple[int, Norm], tuple[Address, Address, int]] = {}
+        self.norms: dict[tuple[int, Norm], tuple[Buffer | Address, Buffer | Address, int]] = {}
         self.slot_of: dict[int, int] = {}
         self.workspace = self._buffer(64)
         self.uses = self._count_uses()
@@ -205,7 +204,7 @@ class Planner:
         return lambda: _C.slot_address(slot, 0)
 
     def _constant(
-        self, size: int, parameters: Callable[[], list[torch.Tensor]], fill: Callable[[torch.Tensor], None]
+        self, size: int, parameters: Callable[[], list[torch.Tensor]], fill: Callable[[torch.Tensor], Any]
     ) -> Address:
         """``size`` floats derived from parameters, kept outside the arena."""
         tensor = torch.zeros(size + 16)
@@ -324,7 +323,7 @@ class Planner:
                 shift = shift + module.bias.detach().double()
             return scale, shift
 
-        def fill(index: int) -> Callable[[torch.Tensor], None]:
+        def fill(index: int) -> Callable[[torch.Tensor], Any]:
             return lambda out: out.view(n, -1)[:, :c].copy_(factors()[index])
 
         entry = (
@@ -373,7 +372,7 @@ class Planner:
                 self.plan.running.append(
                     RunningStatistics(module, mean, variance, n, c, values, not over_batch)
                 )
-            self._add(lambda p, f=fixed, a=addresses: p.merge({**f, **{k: v() for k, v in a.items()}}))
+            self._add(_merge_step(fixed, addresses))
             self.norms[(base, norm)] = (scale, shift, channel_stride(c))
 
     def _statistics(self, base: int) -> None:
@@ -808,6 +807,10 @@ class Planner:
 
         self.plan.foreign.append(Foreign(run, self.step))
         self._report(Report(name, "pytorch", op.reason))
+
+
+def _merge_step(fixed: dict[str, Any], addresses: dict[str, Address]) -> Callable[[Any], int]:
+    return lambda program: program.merge({**fixed, **{name: at() for name, at in addresses.items()}})
 
 
 class _Pinned:
