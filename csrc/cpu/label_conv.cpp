@@ -93,7 +93,7 @@ LabelConvScratch label_conv_scratch(const LabelConvShape& s) {
     pool.height = height;
     pool.width = width;
     pool.label = bytes.take(height * width);
-    pool.mixed = bytes.take(height * width);
+    pool.mark = bytes.take(height * width);
     pool.first = bytes.take(height * width * static_cast<int64_t>(sizeof(int32_t)));
     pool.row_entries = width * std::min(channels, reach * reach + 1);
     pool.entries = bytes.take(height * pool.row_entries * static_cast<int64_t>(sizeof(LabelConvEntry)));
@@ -105,6 +105,7 @@ LabelConvScratch label_conv_scratch(const LabelConvShape& s) {
   k.rows = bytes.take(height * k.row_bytes);
   k.changes = bytes.take(bits);
   k.marks = bytes.take(bits);
+  k.blends = bytes.take(bits);
   k.plain = bytes.take(bits);
   k.down = bytes.take(bits);
 

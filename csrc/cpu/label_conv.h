@@ -93,8 +93,8 @@ struct LabelConvScratch {
   // One for each pooled resolution, finest first.
   struct Pool {
     int64_t height, width;
-    int64_t label;    // [height][width]: label of a pure pixel
-    int64_t mixed;    // [height][width]: 1 if the pixel is a mixture
+    int64_t label;    // [height][width]: its label if it has one
+    int64_t mark;     // uint8 [height][width]: 0 pure, 1 with an edge, 2 of several labels
     int64_t first;    // int32 [height][width]: where a mixture's entries start in its row
     int64_t entries;  // LabelConvEntry [height][row_entries]
     int64_t row_entries;
@@ -104,7 +104,8 @@ struct LabelConvScratch {
   int64_t row_words;  // row_bytes / 64: 64-bit words a row of bits
   int64_t rows;       // uint8 [H'][row_bytes]: labels padded to the left and right
   int64_t changes;    // uint64 [H'][row_words]: bit j: label j differs from label j + 1
-  int64_t marks;      // uint64 [H'][row_words]: bit j: pixel j is an edge, or a mixture if pooled
+  int64_t marks;      // uint64 [H'][row_words]: bit j: pixel j has an edge or, if pooled, entries
+  int64_t blends;     // uint64 [H'][row_words]: bit j: pooled pixel j is of several labels
   int64_t plain;      // uint64 [H'][row_words]: bit x: window row x .. x + kernel - 1 has one label, no mark
   int64_t down;  // uint64 [H'][row_words]: bit x: the label under the window's centre differs a row below
 

@@ -54,7 +54,14 @@ P2PFAST_INLINE int64_t reflected(int64_t i, int64_t size) {
   return i < size ? i : 2 * size - 2 - i;
 }
 
-// A map of pixels: the input (no mixtures, marks are edges) or a pooled one (marks are mixtures).
+// What is special about a pooled pixel.
+enum Mark : uint8_t {
+  kPure = 0,   // one label, no edge
+  kEdged = 1,  // one label; its entries (the edge channel's) come on top of it
+  kBlend = 2,  // several labels: its entries replace the label
+};
+
+// A map of pixels: the input (marks are edges) or a pooled one (marks are of type Mark).
 struct Pixels {
   int64_t height, width;
   const uint8_t* label;
@@ -62,10 +69,6 @@ struct Pixels {
   const int32_t* first;  // null for the input
   const Entry* entries;
   int64_t row_entries;
-
-  const Entry* mixture(int64_t y, int64_t x) const {
-    return entries + y * row_entries + first[y * width + x];
-  }
 };
 
 P2PFAST_INLINE void add_entry(Entry* list, int* count, uint32_t offset, float weight) {
@@ -78,53 +81,79 @@ P2PFAST_INLINE void add_entry(Entry* list, int* count, uint32_t offset, float we
   list[(*count)++] = {weight, offset & 0x7fffffffu, 0};
 }
 
-// The mean of the (up to nine) pixels under pooled pixel (py, px); channel c is written as the offset
-// c * channel_floats of its table rows. Returns the number of entries.
-int mix(const Pixels& in, int64_t py, int64_t px, uint32_t edge_channel, uint32_t channel_floats,
-        Entry* list) {
+struct Mixture {
+  Mark mark;
+  int entries;
+};
+
+// Where the table rows of a channel are: channel * floats; the edges are channel `edges`.
+struct Channels {
+  uint32_t floats, edges;
+  uint32_t offset(uint32_t channel) const { return channel * floats; }
+};
+
+// The mean of the (up to nine) pixels under pooled pixel (py, px), which are not all of one label
+// without an edge.
+Mixture mix(const Pixels& in, int64_t py, int64_t px, Channels channels, Entry* list) {
   const int64_t y0 = max2<int64_t>(2 * py - 1, 0), y1 = min2(2 * py + 1, in.height - 1);
   const int64_t x0 = max2<int64_t>(2 * px - 1, 0), x1 = min2(2 * px + 1, in.width - 1);
+  const uint32_t edge_offset = channels.offset(channels.edges);
   int count = 0;
+  float edge = 0;
   for (int64_t y = y0; y <= y1; ++y) {
     for (int64_t x = x0; x <= x1; ++x) {
       const int64_t i = y * in.width + x;
-      const bool marked = in.mark != nullptr && in.mark[i] != 0;
-      if (marked && in.first != nullptr) {
-        const Entry* e = in.mixture(y, x);
-        do {
-          add_entry(list, &count, e->offset, e->weight);
-        } while ((e++)->last == 0);
+      const int mark = in.mark != nullptr ? in.mark[i] : 0;
+      if (in.first == nullptr || mark != kBlend) add_entry(list, &count, channels.offset(in.label[i]), 1.0f);
+      if (mark == 0) continue;
+      if (in.first == nullptr) {
+        edge += 1.0f;
         continue;
       }
-      add_entry(list, &count, in.label[i] * channel_floats, 1.0f);
-      if (marked) add_entry(list, &count, edge_channel * channel_floats, 1.0f);
+      const Entry* e = in.entries + y * in.row_entries + in.first[i];
+      do {
+        if (e->offset == edge_offset) {
+          edge += e->weight;
+        } else {
+          add_entry(list, &count, e->offset, e->weight);
+        }
+      } while ((e++)->last == 0);
     }
   }
+  const Mark mark = count == 1 ? kEdged : kBlend;
+  if (mark == kEdged) count = 0;
+  if (edge != 0) list[count++] = {edge, edge_offset & 0x7fffffffu, 0};
   const float pixels = static_cast<float>((y1 - y0 + 1) * (x1 - x0 + 1));
   for (int i = 0; i < count; ++i) list[i].weight /= pixels;
   list[count - 1].last = 1;
-  return count;
+  return {mark, count};
+}
+
+P2PFAST_INLINE bool same_entries(const Entry* a, const Entry* b, int count) {
+  return __builtin_memcmp(a, b, static_cast<size_t>(count) * sizeof(Entry)) == 0;
 }
 
 struct Pooled {
   int64_t height, width;
   uint8_t* label;
-  uint8_t* mixed;
+  uint8_t* mark;
   int32_t* first;
   Entry* entries;
   int64_t row_entries;
 };
 
-void pool_row(const Pixels& in, const Pooled& out, int64_t py, uint32_t edge_channel,
-              uint32_t channel_floats) {
+void pool_row(const Pixels& in, const Pooled& out, int64_t py, Channels channels) {
   const int64_t y1 = 2 * py, y0 = max2<int64_t>(y1 - 1, 0), y2 = min2(y1 + 1, in.height - 1);
   const uint8_t* const l0 = in.label + y0 * in.width;
   const uint8_t* const l1 = in.label + y1 * in.width;
   const uint8_t* const l2 = in.label + y2 * in.width;
   uint8_t* const label = out.label + py * out.width;
-  uint8_t* const mixed = out.mixed + py * out.width;
+  uint8_t* const mark = out.mark + py * out.width;
+  int32_t* const first = out.first + py * out.width;
   Entry* const entries = out.entries + py * out.row_entries;
-  int32_t used = 0;
+  int32_t used = 0;      // entries of this row
+  int32_t previous = 0;  // the entries of the latest mixture, and how many they are
+  int previous_count = 0;
   // column[i], pair[i]: input column begin + i is not of one unmarked label, or it or the next are
   // not, or differ from each other.
   uint8_t column[2 * kPoolTile + 2], pair[2 * kPoolTile + 2];
@@ -147,31 +176,39 @@ void pool_row(const Pixels& in, const Pooled& out, int64_t py, uint32_t edge_cha
       q[x] = static_cast<uint8_t>(c[x] | c[x + 1] | (l1[x] ^ l1[x + 1]));
     q[to - 1] = c[to - 1];
     for (int64_t px = p0; px < p1; ++px) {
-      mixed[px] = static_cast<uint8_t>((q[2 * px - 1] | q[2 * px]) != 0);
+      mark[px] = static_cast<uint8_t>((q[2 * px - 1] | q[2 * px]) != 0);
       label[px] = l1[2 * px];
     }
     for (int64_t px = p0; px < p1; ++px) {
-      if (mixed[px] == 0) continue;
-      out.first[py * out.width + px] = used;
-      used += mix(in, py, px, edge_channel, channel_floats, entries + used);
+      if (mark[px] == 0) continue;
+      const Mixture m = mix(in, py, px, channels, entries + used);
+      mark[px] = m.mark;
+      // Neighbours that are the same mixture share its entries, which is how the convolution knows.
+      if (px > 0 && mark[px - 1] == m.mark && previous_count == m.entries &&
+          same_entries(entries + previous, entries + used, m.entries)) {
+        first[px] = previous;
+        continue;
+      }
+      first[px] = previous = used;
+      previous_count = m.entries;
+      used += m.entries;
     }
   }
 }
 
-Pixels pool(const Pixels& in, const LabelConvScratch::Pool& at, uint8_t* scratch, uint32_t edge_channel,
-            uint32_t channel_floats) {
+Pixels pool(const Pixels& in, const LabelConvScratch::Pool& at, uint8_t* scratch, Channels channels) {
   const Pooled out{at.height,
                    at.width,
                    scratch + at.label,
-                   scratch + at.mixed,
+                   scratch + at.mark,
                    reinterpret_cast<int32_t*>(scratch + at.first),
                    reinterpret_cast<Entry*>(scratch + at.entries),
                    at.row_entries};
   parallel_for(ceil_div(at.height, kPoolRows), [&](int64_t task, int) {
     const int64_t end = min2((task + 1) * kPoolRows, at.height);
-    for (int64_t y = task * kPoolRows; y < end; ++y) pool_row(in, out, y, edge_channel, channel_floats);
+    for (int64_t y = task * kPoolRows; y < end; ++y) pool_row(in, out, y, channels);
   });
-  return {out.height, out.width, out.label, out.mixed, out.first, out.entries, out.row_entries};
+  return {out.height, out.width, out.label, out.mark, out.first, out.entries, out.row_entries};
 }
 
 // The map as rows of bytes and bits, padded by `padding` on both sides (padded column j is column
@@ -181,7 +218,7 @@ struct Prepared {
   bool reflect;
   int64_t row_bytes, row_words;
   uint8_t* rows;
-  uint64_t *changes, *marks, *plain, *down;
+  uint64_t *changes, *marks, *blends, *plain, *down;
 };
 
 // Zero padding copies the border: what it holds is never added up.
@@ -200,6 +237,7 @@ void prepare_row(const Prepared& m, const Pixels& in, int64_t y, uint8_t* mark_r
   uint8_t* const row = m.rows + y * m.row_bytes;
   uint64_t* const changes = m.changes + y * m.row_words;
   uint64_t* const marks = m.marks + y * m.row_words;
+  uint64_t* const blends = m.blends + y * m.row_words;
   uint64_t* const plain = m.plain + y * m.row_words;
   uint64_t* const down = m.down + y * m.row_words;
   const int64_t words = m.row_words - 1;
@@ -209,10 +247,16 @@ void prepare_row(const Prepared& m, const Pixels& in, int64_t y, uint8_t* mark_r
   changes[words] = 0;
 
   std::memset(marks, 0, static_cast<size_t>(m.row_words) * 8);
+  std::memset(blends, 0, static_cast<size_t>(m.row_words) * 8);
   if (in.mark != nullptr) {
     const uint8_t zeros[64] = {};
+    uint8_t blend[64];
+    std::memset(blend, kBlend, sizeof(blend));
     pad_row(m, in.mark + y * in.width, mark_row);
-    for (int64_t j = 0; j < words; ++j) marks[j] = differ64(mark_row + 64 * j, zeros);
+    for (int64_t j = 0; j < words; ++j) {
+      marks[j] = differ64(mark_row + 64 * j, zeros);
+      blends[j] = ~differ64(mark_row + 64 * j, blend);
+    }
   }
 
   const int64_t first = m.reflect ? 0 : m.padding;

@@ -202,7 +202,7 @@ struct WindowRows {
   int64_t begin, end;  // taps
   int64_t y[kMaxKernel];
   const uint8_t* row[kMaxKernel];
-  const uint64_t *changes[kMaxKernel], *marks[kMaxKernel], *plain[kMaxKernel];
+  const uint64_t *changes[kMaxKernel], *marks[kMaxKernel], *blends[kMaxKernel], *plain[kMaxKernel];
   const uint64_t* down[kMaxKernel];  // between row i and row i + 1 of the window
 };
 
@@ -216,6 +216,7 @@ WindowRows window_rows(const Prepared& m, int64_t y) {
     r.row[d] = m.rows + i * m.row_bytes;
     r.changes[d] = m.changes + i * m.row_words;
     r.marks[d] = m.marks + i * m.row_words;
+    r.blends[d] = m.blends + i * m.row_words;
     r.plain[d] = m.plain + i * m.row_words;
     if (d > r.begin) r.down[d - 1] = m.down + min2(i, r.y[d - 1]) * m.row_words;
   }
@@ -230,13 +231,13 @@ P2PFAST_INLINE uint64_t uniform_windows(const Prepared& m, const WindowRows& r, 
   return u;
 }
 
-// Collects the terms of pixel x. kMixtures: marks are mixtures, which replace the label; else edges,
-// which come on top of it.
-template <bool kMixtures>
+// Collects the terms of pixel x. kPooled: marked pixels have entries, which replace the label of a
+// blend; else marks are edges.
+template <bool kPooled>
 P2PFAST_INLINE void collect(const Prepared& m, const Pixels& pixels, const Tables& tables,
                             const WindowRows& r, int64_t x, float* spare, Terms& t) {
-  const int64_t a0 = m.reflect ? 0 : max2<int64_t>(0, m.padding - x);
-  const int64_t b0 = m.reflect ? m.kernel - 1 : min2(m.kernel - 1, m.width - 1 + m.padding - x);
+  const int a0 = m.reflect ? 0 : static_cast<int>(max2<int64_t>(0, m.padding - x));
+  const int b0 = static_cast<int>(m.reflect ? m.kernel - 1 : min2(m.kernel - 1, m.width - 1 + m.padding - x));
   const uint32_t inside = ((2u << b0) - 1u) & ~((1u << a0) - 1u);
   const int64_t stride = tables.stride, channel_floats = tables.channel_floats;
   const float* sums = tables.sums + r.begin * tables.row_floats;
@@ -247,28 +248,36 @@ P2PFAST_INLINE void collect(const Prepared& m, const Pixels& pixels, const Table
     const uint32_t marks = bits_at(r.marks[d], x) & inside;
     // Bits of the taps that end a run.
     uint32_t ends = (bits_at(r.changes[d], x) & inside) | (1u << b0);
-    if constexpr (kMixtures) ends |= marks | ((marks >> 1) & inside);
-    int64_t a = a0;
-    while (ends != 0) {
+    uint32_t blends = 0;
+    if constexpr (kPooled) {
+      blends = bits_at(r.blends[d], x) & inside;
+      ends |= blends | ((blends >> 1) & inside);
+    }
+    for (int a = a0; ends != 0; ends &= ends - 1) {
       const int b = __builtin_ctz(ends);
-      if (!kMixtures || (marks >> b & 1u) == 0)
+      if ((blends >> b & 1u) == 0)
         t.sum[t.sums++] = sums + labels[b] * channel_floats + tables.interval_start[a] + b * stride;
       a = b + 1;
-      ends &= ends - 1;
     }
-    if (marks == 0) continue;
-    if constexpr (kMixtures) {
-      for (uint32_t left = marks; left != 0; left &= left - 1) {
-        const int b = __builtin_ctz(left);
-        const float* const tap = sums + tables.interval_start[b] + b * stride;
-        const Entry* e = pixels.mixture(r.y[d], reflected(x + b - m.padding, m.width));
+    if constexpr (kPooled) {
+      const int32_t* const first = pixels.first + r.y[d] * m.width;
+      const Entry* const entries = pixels.entries + r.y[d] * pixels.row_entries;
+      const auto entry = [&](int tap) { return first[reflected(x + tap - m.padding, m.width)]; };
+      for (uint32_t left = marks; left != 0;) {
+        const int a = __builtin_ctz(left);
+        const int32_t at = entry(a);
+        int b = a;
+        while ((left >> (b + 1) & 1u) != 0 && entry(b + 1) == at) ++b;
+        left &= ~((2u << b) - 1u);
+        const float* const tap = sums + tables.interval_start[a] + b * stride;
+        const Entry* e = entries + at;
         do {
           if (t.taps == kMaxTaps) collapse(t, spare, stride);
           t.tap[t.taps] = tap + e->offset;
           t.weight[t.taps++] = e->weight;
         } while ((e++)->last == 0);
       }
-    } else {
+    } else if (marks != 0) {
       t.sum[t.sums++] = tables.masks + ((d << m.kernel) + marks) * stride;
     }
   }
@@ -281,7 +290,7 @@ struct Target {
   bool streaming;
 };
 
-template <class T, bool kMixtures>
+template <class T, bool kPooled>
 void convolve_band(const Prepared& m, const Pixels& pixels, const Tables& tables, const Target& target,
                    int64_t band, int64_t band_rows, uint8_t* task_memory) {
   const int64_t stride = tables.stride;
@@ -321,7 +330,7 @@ void convolve_band(const Prepared& m, const Pixels& pixels, const Tables& tables
           x += run;
           continue;
         }
-        collect<kMixtures>(m, pixels, tables, rows, x, spare, terms);
+        collect<kPooled>(m, pixels, tables, rows, x, spare, terms);
         if (statistics != nullptr && s.pixels + s.pending == 0) {
           // Any value of the right size serves as the first pivot.
           std::memcpy(s.pivot, tables.constants + centre[x] * stride, static_cast<size_t>(stride) * 4);
@@ -349,12 +358,12 @@ void convolve_band(const Prepared& m, const Pixels& pixels, const Tables& tables
   }
 }
 
-template <class T, bool kMixtures>
+template <class T, bool kPooled>
 void convolve(const Prepared& m, const Pixels& pixels, const Tables& tables, const Target& target,
               const LabelConvScratch& k, uint8_t* scratch) {
   parallel_for(ceil_div(m.height, k.band_rows), [&](int64_t task, int) {
-    convolve_band<T, kMixtures>(m, pixels, tables, target, task, k.band_rows,
-                                scratch + k.task + task * k.task_bytes);
+    convolve_band<T, kPooled>(m, pixels, tables, target, task, k.band_rows,
+                              scratch + k.task + task * k.task_bytes);
   });
 }
 
@@ -375,6 +384,7 @@ void run(const LabelConvArgs& args) {
   m.rows = scratch + k.rows;
   m.changes = reinterpret_cast<uint64_t*>(scratch + k.changes);
   m.marks = reinterpret_cast<uint64_t*>(scratch + k.marks);
+  m.blends = reinterpret_cast<uint64_t*>(scratch + k.blends);
   m.plain = reinterpret_cast<uint64_t*>(scratch + k.plain);
   m.down = reinterpret_cast<uint64_t*>(scratch + k.down);
 
@@ -394,6 +404,7 @@ void run(const LabelConvArgs& args) {
   const int64_t image_bytes = m.height * m.width * pixel_bytes;
   const bool streaming =
       shape.batch * image_bytes >= kStreamBytes && reinterpret_cast<uintptr_t>(args.out) % 64 == 0;
+  const Channels channels{static_cast<uint32_t>(tables.channel_floats), static_cast<uint32_t>(shape.classes)};
   for (int64_t n = 0; n < shape.batch; ++n) {
     Pixels pixels{shape.height,
                   shape.width,
@@ -402,9 +413,7 @@ void run(const LabelConvArgs& args) {
                   nullptr,
                   nullptr,
                   0};
-    for (int i = 0; i < shape.pool_levels; ++i)
-      pixels = pool(pixels, k.pools[i], scratch, static_cast<uint32_t>(shape.classes),
-                    static_cast<uint32_t>(layout.intervals * layout.stride));
+    for (int i = 0; i < shape.pool_levels; ++i) pixels = pool(pixels, k.pools[i], scratch, channels);
     parallel_for(ceil_div(m.height, k.prepare_rows), [&](int64_t task, int) {
       const int64_t end = min2((task + 1) * k.prepare_rows, m.height);
       for (int64_t y = task * k.prepare_rows; y < end; ++y)
