@@ -51,21 +51,7 @@ def accelerate(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn
     """p2pfast's version of a network, on ``device``; it takes LabelMap as well as tensors."""
     import p2pfast
 
-    optimize = getattr(p2pfast, "optimize", None)
-    if optimize is None:
-        return _Plain(model.to(device=device, dtype=dtype), dtype)
-    return optimize(model.to(device), dtype=dtype)
-
-
-class _Plain(nn.Module):
-    """The network as it is, fed with dense tensors."""
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.model, self.dtype = model, dtype
-
-    def forward(self, given: LabelMap | Tensor) -> Tensor:
-        return self.model(given.dense(self.dtype) if isinstance(given, LabelMap) else given.to(self.dtype))
+    return p2pfast.optimize(model.to(device), dtype=dtype)
 
 
 def input_channels(model: nn.Module) -> int:
