@@ -70,6 +70,62 @@ class _Unknown:
 _UNKNOWN = _Unknown()
 
 
+def _like(tensor: torch.Tensor, height: int, width: int, channels: int | None = None) -> torch.Tensor:
+    channels_last = not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    n, c = tensor.shape[:2]
+    return torch.empty((n, channels or c, height, width), dtype=tensor.dtype, memory_format=layout)
+
+
+def _module_shape(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """The result of the commonest modules; None where PyTorch itself is asked, or has an error to raise.
+
+    PyTorch's own shape rules for these import its compiler, which takes seconds.
+    """
+    if _activation(module) is not None:
+        return torch.empty_like(x)
+    if x.dim() != 4:
+        return None
+    n, c, h, w = x.shape
+    if type(module) is nn.InstanceNorm2d and h * w > 1:
+        return torch.empty(x.shape, dtype=x.dtype)
+    if type(module) is nn.BatchNorm2d and n * h * w > 1 and module.num_features == c:
+        return torch.empty_like(x)
+    if type(module) in _PAD_MODULES:
+        left, right, top, bottom = (int(p) for p in module.padding)  # type: ignore[union-attr]
+        reflects = type(module) is nn.ReflectionPad2d
+        if min(left, right, top, bottom) < 0 or (
+            reflects and (max(left, right) >= w or max(top, bottom) >= h)
+        ):
+            return None
+        return _like(x, h + top + bottom, w + left + right)
+    if type(module) in (nn.Conv2d, nn.ConvTranspose2d) and not isinstance(module.padding, str):
+        return _conv_shape(module, x)
+    if type(module) is nn.AvgPool2d and not module.ceil_mode:
+        kernel, stride, pad = _pair(module.kernel_size), _pair(module.stride), _pair(module.padding)
+        size = [(s + 2 * p - k) // t + 1 for s, p, k, t in zip((h, w), pad, kernel, stride, strict=True)]
+        return _like(x, size[0], size[1]) if min(size) > 0 else None
+    return None
+
+
+def _conv_shape(module: Any, x: torch.Tensor) -> torch.Tensor | None:
+    size = []
+    for i in range(2):
+        kernel, stride, pad = module.kernel_size[i], module.stride[i], module.padding[i]
+        reach = module.dilation[i] * (kernel - 1) + 1
+        if isinstance(module, nn.ConvTranspose2d):
+            size.append((x.shape[2 + i] - 1) * stride - 2 * pad + reach + module.output_padding[i])
+        else:
+            size.append((x.shape[2 + i] + 2 * pad - reach) // stride + 1)
+    if x.shape[1] != module.in_channels or x.dtype != module.weight.dtype or min(size) <= 0:
+        return None
+    if module.padding_mode == "reflect" and (
+        module.padding[0] >= x.shape[2] or module.padding[1] >= x.shape[3]
+    ):
+        return None
+    return _like(x, size[0], size[1], module.out_channels)
+
+
 class _Shapes(fx.Interpreter):
     """Runs a traced module on meta tensors. An operation that cannot run there has no known shape: it
     is left to PyTorch, which also raises what it has to say about it."""
@@ -96,8 +152,25 @@ class _Shapes(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
+        if not kwargs and len(args) == 1 and isinstance(args[0], torch.Tensor):
+            known = _module_shape(module, args[0])
+            if known is not None:
+                return known
         state = {name: self._meta(p) for name, p in [*module.named_parameters(), *module.named_buffers()]}
         return torch.func.functional_call(module, state, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if (
+            target in _ADDITIONS
+            and len(args) == 2
+            and not kwargs
+            and all(isinstance(a, torch.Tensor) for a in args)
+        ):
+            if args[0].shape == args[1].shape and args[0].dtype == args[1].dtype:
+                return torch.empty_like(args[0])
+        if target in _FUNCTIONAL_ACTS and isinstance(args[0], torch.Tensor):
+            return torch.empty_like(args[0])
+        return super().call_function(target, args, kwargs)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = self.fetch_attr(target)
@@ -144,6 +217,8 @@ def _activation(module: nn.Module) -> Act | None:
     kind = kinds.get(type(module))
     return Act(kind) if kind else None
 
+
+_ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 _FUNCTIONAL_ACTS: dict[Any, str] = {
     F.relu: "relu",
@@ -549,11 +624,7 @@ class Matcher:
 
     def _function(self, node: fx.Node) -> str | None:
         target = node.target
-        if (
-            target in (operator.add, torch.add, operator.iadd, "add", "add_")
-            and len(node.args) == 2
-            and not node.kwargs
-        ):
+        if target in (*_ADDITIONS, "add", "add_") and len(node.args) == 2 and not node.kwargs:
             return self._add(node, inplace=target in (operator.iadd, "add_"))
         if target in (torch.cat, torch.concat) or target == "cat":
             return self._cat(node)
