@@ -21,7 +21,7 @@ from p2pfast.pipeline import gallery, measure, network
 from p2pfast.pipeline.errors import UsageError
 from p2pfast.pipeline.images import write_image, write_text
 
-HEADINGS = ("engine", "time a picture", "images/s", "peak memory", "largest difference")
+HEADINGS = ("engine", "time a picture", "runs", "images/s", "peak memory", "largest difference")
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,13 @@ def _timings(plan: _Plan, seed: int, device: torch.device, threads: int, console
 
 
 def _cells(row: _Row) -> tuple[str, ...]:
-    engine = "reference PyTorch" if row.engine == "reference" else row.engine
+    engine = "PyTorch eager" if row.engine == "reference" else row.engine
     if row.result.error:
-        return engine, "not timed", "", "", ""
+        return engine, "not timed", "", "", "", ""
     median = row.result.median
     peak = tables.memory(row.result.peak_bytes)
-    return engine, tables.timing(row.result), tables.rate(median), peak, row.difference
+    runs = str(len(row.result.seconds))
+    return engine, tables.timing(row.result), runs, tables.rate(median), peak, row.difference
 
 
 def _table(title: str, rows: list[_Row]) -> Table:

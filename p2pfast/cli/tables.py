@@ -18,8 +18,9 @@ def memory(size: int) -> str:
 
 
 def timing(result: Result) -> str:
-    """Median, spread where there is one, and the number of runs behind it."""
-    count = len(result.seconds)
-    if count == 1:
-        return f"{seconds(result.median)} (1 run)"
-    return f"{seconds(result.median)} ± {seconds(result.spread)} ({count} runs)"
+    """Median and, of several runs, interquartile range, in the median's unit."""
+    if len(result.seconds) == 1:
+        return seconds(result.median)
+    if result.median >= 1:
+        return f"{result.median:.2f} ± {result.spread:.2f} s"
+    return f"{result.median * 1000:.1f} ± {result.spread * 1000:.1f} ms"

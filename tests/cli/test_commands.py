@@ -85,5 +85,5 @@ def test_demo(run: Run, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert read(output / "labels.png").shape == read(output / "result.png").shape == (128, 256, 3)
     page = (output / "index.html").read_text()
-    assert "labels.png" in page and "reference PyTorch" in page
+    assert "labels.png" in page and "PyTorch eager" in page
     assert done.output.count("p2pfast") >= 2 and "not timed" not in done.output
