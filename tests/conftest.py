@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 # Before torch is imported: two threads exercise the parallel code without fighting over small machines.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Estimates instead of measurements: the same kernels on every machine, and no cache outside the tests.
+os.environ.setdefault("P2PFAST_TUNE", "off")
 # Triton's kernels run in its interpreter where there is no GPU; the choice is made when they are defined.
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")

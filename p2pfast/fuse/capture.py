@@ -70,9 +70,13 @@ class _Unknown:
 _UNKNOWN = _Unknown()
 
 
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    n, c, h, w = tensor.shape
+    return tensor.stride() == (c * h * w, 1, c * w, c) and tensor.stride() != (c * h * w, h * w, w, 1)
+
+
 def _like(tensor: torch.Tensor, height: int, width: int, channels: int | None = None) -> torch.Tensor:
-    channels_last = not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    layout = torch.channels_last if _is_channels_last(tensor) else torch.contiguous_format
     n, c = tensor.shape[:2]
     return torch.empty((n, channels or c, height, width), dtype=tensor.dtype, memory_format=layout)
 
@@ -249,13 +253,6 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
-def _is_channels_last(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or value.dim() != 4:
-        return False
-    return not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last)
-
-
 class Matcher:
     """Builds a :class:`Graph` from a traced module whose nodes carry meta tensors."""
 
@@ -270,8 +267,7 @@ class Matcher:
     def run(self) -> Graph:
         for node in self.traced.graph.nodes:
             if node.op == "output":
-                self.graph.result = map_views(self._resolve(node.args[0]), self._returned)
-                self.graph.channels_last = any(map(_is_channels_last, node.all_input_nodes))
+                self.graph.result = fx.node.map_arg(node.args[0], self._returned)
             elif node.op == "placeholder":
                 self._placeholder(node)
             elif node.op == "get_attr":
@@ -357,11 +353,15 @@ class Matcher:
         self.graph.ops.append(ForeignOp(name, -1, F.pad, (value, amounts, mode), {}, "padding"))
         return Opaque(name)
 
-    def _returned(self, value: Any) -> Any:
+    def _returned(self, node: fx.Node) -> Any:
         """A result: the last pass over a view with pending work writes straight into it."""
-        if isinstance(value, View) and value.pad is None:
-            return value
-        return self._plain(value)
+        value = self.values[node]
+        if not isinstance(value, View) or value.pad is not None:
+            return self._plain(value)
+        value = replace(value)
+        if _is_channels_last(node.meta["val"]):
+            self.graph.channels_last.add(value)
+        return value
 
     def _rebind(self, old: Any, new: Any) -> None:
         """After an in-place operation every alias of the old value sees the new one."""

@@ -157,7 +157,7 @@ class Graph:
     bases: list[Base] = field(default_factory=list)
     result: Any = None
     inputs: list[str] = field(default_factory=list)
-    channels_last: bool = False  # whether PyTorch would return channels_last tensors
+    channels_last: set[View] = field(default_factory=set)  # results that PyTorch would return in that layout
     notes: list[tuple[str, str]] = field(default_factory=list)
 
     def new_base(self, shape: torch.Size | tuple[int, ...]) -> int:

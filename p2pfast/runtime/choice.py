@@ -99,47 +99,49 @@ def cache_file() -> Path:
     return Path(root).expanduser() / "choices.json"
 
 
+def _read(path: Path) -> dict[str, Choice]:
+    """The choices in a file; none if it is missing or not such a file."""
+    try:
+        stored = json.loads(path.read_text())
+        found = {str(key): Choice(int(a), int(b), int(g), float(t)) for key, (a, b, g, t) in stored.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+    return {key: c for key, c in found.items() if 0 <= c.algorithm < len(ALGORITHMS)}
+
+
 class _Cache:
     """Choices by signature, in memory and on disk; an unreadable or unwritable file is no error."""
 
     def __init__(self) -> None:
         self.entries: dict[str, Choice] = {}
         self.loaded: Path | None = None
+        self.changed = False
 
     def _key(self, signature: str) -> str:
         return hashlib.sha256(signature.encode()).hexdigest()[:32]
 
-    def load(self) -> None:
-        path = cache_file()
-        if self.loaded == path:
-            return
-        self.loaded, self.entries = path, {}
-        try:
-            for key, value in json.loads(path.read_text()).items():
-                self.entries[key] = Choice(*value)
-        except (OSError, ValueError, TypeError, AttributeError):
-            self.entries = {}
-
     def get(self, signature: str) -> Choice | None:
-        self.load()
+        path = cache_file()
+        if self.loaded != path:
+            self.loaded, self.entries = path, _read(path)
         return self.entries.get(self._key(signature))
 
     def put(self, signature: str, choice: Choice) -> None:
         self.entries[self._key(signature)] = choice
+        self.changed = True
 
     def save(self) -> None:
+        """Writes new choices, beside those that another process may have added since."""
+        if not self.changed:
+            return
+        self.changed = False
         path = cache_file()
+        merged = {**_read(path), **self.entries}
+        rows = {key: [c.algorithm, c.block, c.group, c.seconds] for key, c in merged.items()}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Another process may have added choices since: theirs are kept.
-            try:
-                merged = json.loads(path.read_text())
-            except (OSError, ValueError):
-                merged = {}
-            for key, c in self.entries.items():
-                merged[key] = [c.algorithm, c.block, c.group, c.seconds]
             with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-                json.dump(merged, file)
+                json.dump(rows, file)
             os.replace(file.name, path)
         except OSError:
             return

@@ -104,9 +104,7 @@ class CpuEngine:
                 graph = capture(traced, by_node, None if parameter is None else parameter.dtype)
                 self.graphs[key] = graph
                 modules = dict(self.module.named_modules())
-                plan = make_plan(
-                    graph, modules, by_node, self.dtype, self.packs, graph.channels_last, self.packed_limit
-                )
+                plan = make_plan(graph, modules, by_node, self.dtype, self.packs, self.packed_limit)
                 plan.names = names
                 self.plans[key] = plan
             return self.plans[key], self.graphs[key]

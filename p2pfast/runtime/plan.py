@@ -163,11 +163,10 @@ class Planner:
         inputs: dict[str, Any],
         dtype: torch.dtype,
         packs: dict[Any, Any],
-        channels_last: bool,
         packed_limit: int,
     ) -> None:
         self.graph, self.modules, self.inputs, self.dtype = graph, modules, inputs, dtype
-        self.packs, self.channels_last, self.packed_limit = packs, channels_last, packed_limit
+        self.packs, self.packed_limit = packs, packed_limit
         self.plan = Plan()
         self.buffers: list[Buffer] = []
         self.steps: list[Callable[[Any], int]] = []
@@ -437,7 +436,7 @@ class Planner:
             takes = isinstance(producer, ConvOp) and producer.act is None and c <= 8
             if alone and takes and isinstance(producer, ConvOp) and view.base not in self.results:
                 producer.act = view.act
-                self.results[view.base] = Result(self._slot(), (n, c, h, w), self.channels_last)
+                self.results[view.base] = Result(self._slot(), (n, c, h, w), view in self.graph.channels_last)
 
     def _finish_results(self) -> None:
         written: dict[int, int] = {}
@@ -450,7 +449,7 @@ class Planner:
                     result = self.results[value.base]
                 else:
                     shape = self._shape(value.base)
-                    result = Result(self._slot(), shape, self.channels_last)
+                    result = Result(self._slot(), shape, value in self.graph.channels_last)
                     n, c, h, w = shape
                     strides = (c * h * w, 1, w * c, c) if result.channels_last else (c * h * w, h * w, w, 1)
                     self._apply(
@@ -879,10 +878,9 @@ def make_plan(
     inputs: dict[str, Any],
     dtype: torch.dtype,
     packs: dict[Any, Any],
-    channels_last: bool,
     packed_limit: int = choices.PACKED_LIMIT,
 ) -> Plan:
     """Lowers ``graph`` for ``inputs`` (by placeholder name) with tensors stored in ``dtype``."""
-    plan = Planner(graph, modules, inputs, dtype, packs, channels_last, packed_limit).build()
+    plan = Planner(graph, modules, inputs, dtype, packs, packed_limit).build()
     choices.cache.save()
     return plan

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import p2pfast
 from p2pfast import models
 from p2pfast.models import build, instance_mean, norm_layer_of
 
@@ -64,13 +65,15 @@ def test_every_full_size_network_is_covered(golden_facts: Any) -> None:
     assert set(golden_facts("full_size_state_dicts")) == set(FULL_SIZE)
 
 
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "optimized"])
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_outputs(
-    name: str, seeded: Any, golden_facts: Any, golden_input: Any, golden_outputs: Any, run: Any
+    name: str, fast: bool, seeded: Any, golden_facts: Any, golden_input: Any, golden_outputs: Any, run: Any
 ) -> None:
     facts = golden_facts(name)
     model = seeded(GOLDEN[name]()).train(facts["mode"] == "train")
     assert _shapes(model) == facts["keys"]
+    model = p2pfast.optimize(model) if fast else model
     with torch.no_grad():
         outputs = run(model, golden_input(name, 0, facts["inputs"][0]))
     expected = golden_outputs(name)

@@ -1,0 +1,69 @@
+"""Choosing algorithms by measurement, and the cache of choices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import p2pfast
+from p2pfast.runtime import choice
+
+
+@pytest.fixture
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("P2PFAST_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("P2PFAST_TUNE", "on")
+    return tmp_path
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(8, 16, 3, padding=1), nn.InstanceNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3)
+    )
+
+
+def test_measured_once_and_remembered(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+    original = choice._measure
+    monkeypatch.setattr(choice, "_measure", lambda a, c: measured.append(1) or original(a, c))
+    net, x = network(), torch.randn(1, 8, 24, 24)
+    first = p2pfast.optimize(net)(x)
+    assert measured and (cache_dir / "choices.json").exists()
+    count = len(measured)
+    choice.cache.loaded = None  # as a new process finds it
+    assert torch.equal(p2pfast.optimize(net)(x), first)
+    assert len(measured) == count
+    monkeypatch.setenv("P2PFAST_TUNE", "force")
+    p2pfast.optimize(net)(x)
+    assert len(measured) > count
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", '{"a": 3}', '{"a": ["x"]}'])
+def test_a_broken_cache_is_made_anew(cache_dir: Path, content: str) -> None:
+    (cache_dir / "choices.json").write_text(content)
+    choice.cache.loaded = None
+    p2pfast.optimize(network())(torch.randn(1, 8, 26, 24))
+    assert isinstance(json.loads((cache_dir / "choices.json").read_text()), dict)
+
+
+def test_an_unwritable_cache_is_no_error(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cache_dir / "file").write_text("")
+    monkeypatch.setenv("P2PFAST_CACHE_DIR", str(cache_dir / "file"))
+    p2pfast.optimize(network())(torch.randn(1, 8, 28, 24))
+
+
+def test_off_measures_nothing(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("P2PFAST_TUNE", "off")
+    monkeypatch.setattr(choice, "_measure", None)
+    p2pfast.optimize(network())(torch.randn(1, 8, 30, 24))
+
+
+def test_an_unknown_mode_is_named(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("P2PFAST_TUNE", "maybe")
+    monkeypatch.setenv("P2PFAST_STRICT", "1")
+    with pytest.raises(ValueError, match="P2PFAST_TUNE is 'maybe'"):
+        p2pfast.optimize(network())(torch.randn(1, 8, 30, 24))
