@@ -23,8 +23,8 @@ struct Winograd {
   static constexpr int kPoints2 = S::kPoints * S::kPoints;
   static constexpr int kSums2 = S::kSums * S::kSums;
   static constexpr int kTaps2 = S::kTaps * S::kTaps;
-  static constexpr int kChunk = kPoints2 > 40 ? 32 : 64;                 // channels of one gather
-  static constexpr int kPiece = max2(2, min2(16, 96 / S::kStepIn));      // tiles of one gather
+  static constexpr int kChunk = kPoints2 > 40 ? 32 : 64;             // channels of one gather
+  static constexpr int kPiece = max2(2, min2(16, 96 / S::kStepIn));  // tiles of one gather
   static constexpr int kPieceColumns = S::kStepIn * (kPiece - 1) + S::kWindow;
   static constexpr int kGatherFloats = S::kWindow * kPieceColumns * kChunk + kGatherSlack;
 
@@ -103,17 +103,19 @@ struct Winograd {
     parallel_for(panels * parts, [&](int64_t task, int) {
       const int c = static_cast<int>(task / parts) * kPanel, k0 = static_cast<int>(task % parts) * kDepth;
       const int vectors = panel_vectors(out_channels - c);
-      transform_any_weights(k0, min2(kDepth, channels - k0), c, vectors,
-                            packed + static_cast<int64_t>(c) * channels + static_cast<int64_t>(k0) * vectors * kLanes,
-                            static_cast<int64_t>(channels) * out_channels);
+      transform_any_weights(
+          k0, min2(kDepth, channels - k0), c, vectors,
+          packed + static_cast<int64_t>(c) * channels + static_cast<int64_t>(k0) * vectors * kLanes,
+          static_cast<int64_t>(channels) * out_channels);
     });
   }
 
   // --- input -----------------------------------------------------------------------------------
 
-  // `count` tiles of one row of tiles, channels [c0, c0 + n), into v[point * point_stride + tile * lda + channel - c0].
-  void transform_input(int64_t image, int tile_y, int tile_x, int count, int c0, int n, float* window, float* v,
-                       int64_t lda, int64_t point_stride) const {
+  // `count` tiles of one row of tiles, channels [c0, c0 + n), into v[point * point_stride + tile * lda +
+  // channel - c0].
+  void transform_input(int64_t image, int tile_y, int tile_x, int count, int c0, int n, float* window,
+                       float* v, int64_t lda, int64_t point_stride) const {
     const int columns = S::kStepIn * (count - 1) + S::kWindow;
     const int64_t to_row = static_cast<int64_t>(columns) * n;
     gather(args, image, S::kStepIn * tile_y + S::origin(args.pad_top), S::kWindow,
@@ -144,8 +146,8 @@ struct Winograd {
   // --- products --------------------------------------------------------------------------------
 
   // sums[s][row][column] over `rows` tiles and the `vectors` * kLanes columns of one panel; see kSums2.
-  void multiply(const float* v, int64_t lda, int64_t v_point, int rows, const float* u, int64_t u_point, int depth, int vectors,
-                float* sums, int64_t sum_stride, bool first) const {
+  void multiply(const float* v, int64_t lda, int64_t v_point, int rows, const float* u, int64_t u_point,
+                int depth, int vectors, float* sums, int64_t sum_stride, bool first) const {
 #pragma GCC unroll 1
     for (int i = 0; i < S::kPoints; ++i) {
 #pragma GCC unroll 1
@@ -206,8 +208,9 @@ struct Winograd {
       for (int t = 0; t < count; ++t) {
         const int ty = static_cast<int>((first + t) / tiles_x), tx = static_cast<int>((first + t) % tiles_x);
         for (int v = 0; v < vectors; ++v)
-          store_tile<T>(image, ty, tx, c0 + g + v * kLanes, panel_of(sums, g + v * kLanes, sum_stride) + t * kPanel,
-                        sum_stride, bias[v], moments[v]);
+          store_tile<T>(image, ty, tx, c0 + g + v * kLanes,
+                        panel_of(sums, g + v * kLanes, sum_stride) + t * kPanel, sum_stride, bias[v],
+                        moments[v]);
       }
       if (!args.partial) continue;
       const int stride = stats_stride(args);
@@ -245,7 +248,9 @@ struct Winograd {
 
   int64_t v_point(int64_t rows) const { return spread(rows * block_lda); }
   static int64_t sum_stride(int64_t rows) { return spread(rows * kPanel); }
-  int64_t sums_floats(int64_t rows) const { return ceil_div(block_group(), kPanel) * kSums2 * sum_stride(rows); }
+  int64_t sums_floats(int64_t rows) const {
+    return ceil_div(block_group(), kPanel) * kSums2 * sum_stride(rows);
+  }
   // Sums are kept panel by panel: rows of a panel are contiguous, and a panel's sums fit the L2 cache.
   template <class P>
   static P* panel_of(P* sums, int column, int64_t stride) {
@@ -285,7 +290,8 @@ struct Winograd {
           const int vectors = panel_vectors(width - c);
           for (int k0 = 0; k0 < channels; k0 += kDepth) {
             multiply(scratch.v + k0, block_lda, v_stride, count,
-                     args.packed + static_cast<int64_t>(c0 + c) * channels + static_cast<int64_t>(k0) * vectors * kLanes,
+                     args.packed + static_cast<int64_t>(c0 + c) * channels +
+                         static_cast<int64_t>(k0) * vectors * kLanes,
                      static_cast<int64_t>(channels) * out_channels, min2(kDepth, channels - k0), vectors,
                      panel_of(scratch.sums, c, sums_stride), sums_stride, k0 == 0);
           }
@@ -298,22 +304,25 @@ struct Winograd {
 
   // --- driver 2: many tiles at once, weights transformed on the fly ------------------------------
 
-  // Tiles are counted through the whole batch here.
+  // Tiles are counted through the whole batch here. A task transforms the weights of one panel, then
+  // runs through all tiles in groups of kGroup, whose sums stay in the L2 cache.
+  static constexpr int kGroup = 48;
   int64_t all_tiles() const { return args.images * tiles; }
-  int64_t pass_tiles() const { return min2<int64_t>(all_tiles(), max2(kMaxRows, args.block)); }
-  int64_t passes() const { return ceil_div(all_tiles(), pass_tiles()); }
-  // The input's points are kept chunk by chunk of channels, so that each product reads them in order.
-  static constexpr int64_t kStreamLda = kChunk + 16;
-  int64_t stream_point() const { return spread(pass_tiles() * kStreamLda); }
+  int64_t pass_tiles() const { return min2<int64_t>(all_tiles(), round_up(max2(1, args.block), kGroup)); }
+  int64_t stream_parts() const { return ceil_div(all_tiles(), kGroup); }
+  // The input's points are kept in chunks of kDepth channels, so that each product reads them in order.
+  int64_t stream_lda() const { return spread(min2(channels, kDepth)); }
+  int64_t stream_point() const { return spread(pass_tiles() * stream_lda()); }
 
   struct StreamScratch {
     float *window, *u, *sums;
   };
   StreamScratch carve_stream(Carver& carver) const {
-    return {carver.floats(kGatherFloats), carver.floats(kPoints2 * spread(kChunk * kPanel)),
-            carver.floats(sums_floats(pass_tiles()))};
+    return {carver.floats(kGatherFloats),
+            carver.floats(kPoints2 * spread(static_cast<int64_t>(channels) * kPanel)),
+            carver.floats(kSums2 * sum_stride(kGroup))};
   }
-  int64_t v_floats() const { return ceil_div(channels, kChunk) * kPoints2 * stream_point() + kLanes; }
+  int64_t v_floats() const { return ceil_div(channels, kDepth) * kPoints2 * stream_point() + kLanes; }
   int64_t stream_workspace(int threads) const {
     Carver shared{nullptr}, own{nullptr};
     shared.floats(v_floats());
@@ -322,52 +331,50 @@ struct Winograd {
   }
 
   void run_stream() const {
-    // A pass may hold no tile of some image: its part stays empty.
-    if (args.partial) std::memset(args.count, 0, sizeof(float) * args.images * passes());
+    // A part may hold no tile of some image: its count stays zero.
+    if (args.partial) std::memset(args.count, 0, sizeof(float) * args.images * stream_parts());
     Carver shared{static_cast<char*>(args.workspace)};
     float* const v = shared.floats(v_floats());
     Carver measure{nullptr};
     carve_stream(measure);
-    const int64_t share = measure.used, v_stride = stream_point(), sums_stride = sum_stride(pass_tiles());
+    const int64_t share = measure.used, lda = stream_lda(), v_stride = stream_point();
     auto own = [&](int worker) {
       Carver carver{static_cast<char*>(args.workspace) + shared.used + worker * share};
       return carve_stream(carver);
     };
+    // Where the points of channel c begin.
+    auto points = [&](int c) { return v + c / kDepth * kPoints2 * v_stride + c % kDepth; };
     const int64_t chunks = ceil_div(channels, kChunk);
-    const int64_t groups = ceil_div(out_channels, block_group());
-    for (int64_t pass = 0; pass < passes(); ++pass) {
-      const int64_t begin = pass * pass_tiles(), end = min2(all_tiles(), begin + pass_tiles());
-      const int64_t pieces = ceil_div(end - begin, kPiece);
-      parallel_for(pieces * chunks, [&](int64_t task, int worker) {
+    for (int64_t begin = 0; begin < all_tiles(); begin += pass_tiles()) {
+      const int64_t end = min2(all_tiles(), begin + pass_tiles());
+      parallel_for(ceil_div(end - begin, kPiece) * chunks, [&](int64_t task, int worker) {
         const StreamScratch scratch = own(worker);
         const int c0 = static_cast<int>(task % chunks) * kChunk;
-        float* const chunk = v + task % chunks * kPoints2 * v_stride;
         const int64_t from = begin + task / chunks * kPiece, to = min2(end, from + kPiece);
         for_images(from, to, [&](int64_t image, int64_t first, int64_t count, int64_t at) {
           for_pieces(first, count, [&](int ty, int tx, int n, int64_t offset) {
             transform_input(image, ty, tx, n, c0, min2(kChunk, channels - c0), scratch.window,
-                            chunk + (from - begin + at + offset) * kStreamLda, kStreamLda, v_stride);
+                            points(c0) + (from - begin + at + offset) * lda, lda, v_stride);
           });
         });
       });
-      const int count = static_cast<int>(end - begin);
-      parallel_for(groups, [&](int64_t group, int worker) {
+      parallel_for(ceil_div(out_channels, kPanel), [&](int64_t panel, int worker) {
         const StreamScratch scratch = own(worker);
-        const int c0 = static_cast<int>(group) * block_group(), width = min2(block_group(), out_channels - c0);
-        for (int c = 0; c < width; c += kPanel) {
-          const int vectors = panel_vectors(width - c);
-          for (int k0 = 0; k0 < channels; k0 += kChunk) {
-            const int depth = min2(kChunk, channels - k0);
-            const int64_t u_point = spread(kChunk * vectors * kLanes);
-            transform_any_weights(k0, depth, c0 + c, vectors, scratch.u, u_point);
-            multiply(v + k0 / kChunk * kPoints2 * v_stride, kStreamLda, v_stride, count, scratch.u, u_point, depth, vectors, panel_of(scratch.sums, c, sums_stride),
-                     sums_stride, k0 == 0);
-          }
+        const int c = static_cast<int>(panel) * kPanel, vectors = panel_vectors(out_channels - c);
+        const int width = vectors * kLanes;
+        const int64_t u_point = spread(static_cast<int64_t>(channels) * width);
+        for (int k0 = 0; k0 < channels; k0 += kStage)
+          transform_any_weights(k0, min2(kStage, channels - k0), c, vectors, scratch.u + k0 * width, u_point);
+        for (int64_t from = begin; from < end; from += kGroup) {
+          const int count = static_cast<int>(min2<int64_t>(kGroup, end - from));
+          for (int k0 = 0; k0 < channels; k0 += kDepth)
+            multiply(points(k0) + (from - begin) * lda, lda, v_stride, count, scratch.u + k0 * width, u_point,
+                     min2(kDepth, channels - k0), vectors, scratch.sums, sum_stride(kGroup), k0 == 0);
+          for_images(from, from + count, [&](int64_t image, int64_t first, int64_t n, int64_t at) {
+            store_any_tiles(image, first, static_cast<int>(n), c, width, scratch.sums + at * kPanel,
+                            sum_stride(kGroup), from / kGroup, stream_parts());
+          });
         }
-        for_images(begin, end, [&](int64_t image, int64_t first, int64_t n, int64_t at) {
-          store_any_tiles(image, first, static_cast<int>(n), c0, width, scratch.sums + at * kPanel, sums_stride, pass,
-                          passes());
-        });
       });
     }
   }
@@ -414,7 +421,8 @@ auto with_scheme(const ConvArgs& args, F&& f) {
 inline const char* winograd_refuses(const ConvArgs& args) {
   if (args.kernel_h != args.kernel_w) return "the kernel is not square";
   if (args.transposed) {
-    if (args.stride != 2 || args.pad_top != 1 || args.pad_left != 1) return "transposed needs stride 2 and padding 1";
+    if (args.stride != 2 || args.pad_top != 1 || args.pad_left != 1)
+      return "transposed needs stride 2 and padding 1";
     if (args.kernel_h != 3 && args.kernel_h != 4) return "transposed needs a 3x3 or 4x4 kernel";
     return nullptr;
   }
@@ -442,7 +450,8 @@ constexpr ConvKernel blocked_winograd() {
           packed_floats<kSmall>,
           pack<kSmall>,
           [](const ConvArgs& args, int threads) {
-            return with_scheme<kSmall>(args, [&]<class S>() { return Winograd<S>{args}.block_workspace(threads); });
+            return with_scheme<kSmall>(args,
+                                       [&]<class S>() { return Winograd<S>{args}.block_workspace(threads); });
           },
           [](const ConvArgs& args) {
             return with_scheme<kSmall>(args, [&]<class S>() { return Winograd<S>{args}.blocks(); });
@@ -459,10 +468,11 @@ constexpr ConvKernel streamed_winograd() {
           [](const ConvArgs&) { return int64_t{0}; },
           [](const ConvArgs&, float*) {},
           [](const ConvArgs& args, int threads) {
-            return with_scheme<kSmall>(args, [&]<class S>() { return Winograd<S>{args}.stream_workspace(threads); });
+            return with_scheme<kSmall>(
+                args, [&]<class S>() { return Winograd<S>{args}.stream_workspace(threads); });
           },
           [](const ConvArgs& args) {
-            return with_scheme<kSmall>(args, [&]<class S>() { return Winograd<S>{args}.passes(); });
+            return with_scheme<kSmall>(args, [&]<class S>() { return Winograd<S>{args}.stream_parts(); });
           },
           multiplications<kSmall>,
           [](const ConvArgs& args) {

@@ -23,7 +23,7 @@ ALGORITHMS = ("direct", "winograd", "winograd2", "streamed", "streamed2", "thin"
 DIRECT, WINOGRAD, WINOGRAD2, STREAMED, STREAMED2, THIN = range(6)
 
 # Share of the processor's peak that each algorithm typically reaches, for the estimate.
-_EFFICIENCY = (0.8, 0.55, 0.6, 0.42, 0.48, 0.5)
+_EFFICIENCY = (0.8, 0.6, 0.7, 0.5, 0.6, 0.5)
 
 # Packed copies of a layer's weights above this are not kept by default: the streamed algorithms
 # transform the weights while they run instead.
@@ -52,8 +52,8 @@ def _candidates(args: dict[str, Any], packed_limit: int, thin_only: bool) -> lis
         DIRECT: ((0, 0),),
         WINOGRAD: ((24, 64), (48, 64)),
         WINOGRAD2: ((24, 64), (48, 64)),
-        STREAMED: ((128, 64), (256, 64)),
-        STREAMED2: ((128, 64), (256, 64)),
+        STREAMED: ((144, 0), (384, 0)),
+        STREAMED2: ((144, 0), (384, 0)),
         THIN: ((0, 0),),
     }
     found = []
