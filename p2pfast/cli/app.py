@@ -145,7 +145,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for pictures and page.")] = Path(
         "p2pfast-demo"
     ),
-    seed: Annotated[int, typer.Option(min=0, help="Which street to draw.")] = 7,
+    seed: Annotated[int, typer.Option(min=0, help="Which street to draw.")] = 3,
     quick: Annotated[
         bool, typer.Option("--quick", help="Small sizes and a small network: seconds instead of minutes.")
     ] = False,

@@ -24,6 +24,10 @@ from p2pfast.pipeline.images import write_image, write_text
 HEADINGS = ("engine", "time a picture", "runs", "images/s", "peak memory", "largest difference")
 
 
+#: A first run that takes longer than so many seconds is not repeated, so that the demo ends within minutes.
+PATIENCE = 20.0
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What is drawn and timed; the generator was trained on streets 1024 pixels wide."""
@@ -94,24 +98,21 @@ def _timings(plan: _Plan, seed: int, device: torch.device, threads: int, console
     with tempfile.TemporaryDirectory(prefix="p2pfast-demo-") as folder:
         for name, width, height, title, options in (flagship, small):
             heading = f"{title}, {width}x{height}, float32"
-            # The published network takes PyTorch ten seconds and more a picture: one run without a warm-up,
-            # which changes little at that length. Everything else is warmed up first.
-            slow = name == flagship[0] and not plan.flagship_options and device.type == "cpu"
             outputs: dict[str, str] = {}
             for engine in ("reference", "p2pfast"):
                 outputs[engine] = str(Path(folder) / f"{engine}.npy")
-                warmup, runs = (0, 1) if slow and engine == "reference" else (1, plan.runs)
                 task = measure.Task(
                     engine,
                     name,
                     width,
                     height,
                     device=device.type,
-                    warmup=warmup,
-                    runs=runs,
+                    warmup=1,
+                    runs=plan.runs,
                     threads=threads,
                     scene=seed,
                     output=outputs[engine],
+                    patience=PATIENCE,
                     options=options,
                 )
                 with console.status(f"timing {title} {width}x{height}: {engine}"):
@@ -130,7 +131,7 @@ def _cells(row: _Row) -> tuple[str, ...]:
         return engine, "not timed", "", "", "", ""
     median = row.result.median
     peak = tables.memory(row.result.peak_bytes)
-    runs = str(len(row.result.seconds))
+    runs = str(len(row.result.seconds)) if row.result.warm else "1, cold"
     return engine, tables.timing(row.result), runs, tables.rate(median), peak, row.difference
 
 
@@ -167,9 +168,9 @@ def _page(rows: list[_Row], device: torch.device, quick: bool) -> str:
     text = (
         "<p>A street that p2pfast drew itself, and the picture that the small generator shipped with p2pfast "
         f"makes of it. The tables time float32 networks on {html.escape(where)}, each engine in a process of "
-        "its own; the weights of the published network are random (seeded), which changes no timing. The "
-        "largest difference is that of any value of the picture; values span 2. Peak memory counts weights, "
-        f"input and all that lies between.{note}</p>"
+        "its own; the weights of the published network are random (seeded), which changes no timing. Runs are "
+        "warmed up unless they are called cold. The largest difference is that of any value of the picture; "
+        f"values span 2. Peak memory counts weights, input and all that lies between.{note}</p>"
     )
     figure = gallery.figure("street", [("labels", "labels.png"), ("result", "result.png")])
     measured = "\n".join(_html_table(title, group) for title, group in _networks(rows).items())

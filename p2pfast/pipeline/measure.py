@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import resource
 import statistics
@@ -35,7 +36,8 @@ class Task:
     """What to measure: ``network`` is a name of p2pfast.models.build or a checkpoint file.
 
     ``engine`` is reference (PyTorch eager), p2pfast or compile (torch.compile). ``output`` receives the
-    float32 result as .npy. ``threads`` 0 leaves the choice to the libraries.
+    float32 result as .npy. ``threads`` 0 leaves the choice to the libraries. If the first run takes longer
+    than ``patience`` seconds it stays the only one and is reported as it is, without a warm-up.
     """
 
     engine: str
@@ -49,6 +51,7 @@ class Task:
     threads: int = 0
     scene: int = 0
     output: str = ""
+    patience: float = math.inf
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -65,6 +68,7 @@ class Result:
     first_seconds: float = 0.0
     peak_bytes: int = 0
     error: str = ""
+    warm: bool = True
 
     @property
     def median(self) -> float:
@@ -196,12 +200,16 @@ def run_task(task: Task) -> Result:
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
+            if seconds[0] > task.patience:
+                break
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident("VmHWM") - before
     if task.output:
         import numpy as np
 
         np.save(task.output, output.float().cpu().numpy())
-    return Result(seconds[task.warmup :], seconds[0], peak)
+    if seconds[0] > task.patience:
+        return Result(seconds, seconds[0], peak, warm=False)
+    return Result(seconds[task.warmup :], seconds[0], peak, warm=task.warmup > 0)
 
 
 def _reset_peak(device: torch.device) -> None:

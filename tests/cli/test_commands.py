@@ -6,8 +6,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import torch
+from safetensors import safe_open
 from typer.testing import Result
 
+from p2pfast import models
+from p2pfast.assets import DEMO_GENERATOR
+from p2pfast.data import draw_scene
+from p2pfast.labelmap import LabelMap
 from tests.cli.conftest import read
 
 Run = Callable[..., Result]
@@ -87,3 +94,18 @@ def test_demo(run: Run, tmp_path: Path) -> None:
     page = (output / "index.html").read_text()
     assert "labels.png" in page and "PyTorch eager" in page
     assert done.output.count("p2pfast") >= 2 and "not timed" not in done.output
+
+
+def test_the_shipped_generator_draws_streets() -> None:
+    """It is small, says how it was made, and resembles the rendering of a street it was not trained on."""
+    assert DEMO_GENERATOR.stat().st_size <= 8_000_000
+    with safe_open(DEMO_GENERATOR, "pt") as file:
+        assert "train_demo_generator.py" in file.metadata()["made_by"]
+    scene = draw_scene(7, 512, 256)
+    assert scene.photo is not None
+    instances = torch.from_numpy(scene.instances.astype(np.int32))
+    given = LabelMap(torch.from_numpy(scene.labels), instances, num_classes=35)
+    with torch.inference_mode():
+        picture = models.from_checkpoint(DEMO_GENERATOR)(given.dense())[0].permute(1, 2, 0).numpy()
+    wanted = scene.photo.astype(np.float32) / 127.5 - 1
+    assert np.abs(picture - wanted).mean() < 0.6 * np.abs(wanted - wanted.mean((0, 1))).mean()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import threading
 from pathlib import Path
 
@@ -220,6 +221,15 @@ def test_results_below_the_inputs_are_no_inputs(tmp_path: Path) -> None:
 def test_measurements_report_failures() -> None:
     result = measure.measure(measure.Task("reference", "no-such-network", 64, 64))
     assert "no-such-network" in result.error and not result.seconds
+
+
+def test_a_long_first_run_stays_the_only_one() -> None:
+    options = {"ngf": 4, "n_downsampling": 2, "n_blocks": 1}
+    task = measure.Task("reference", "pix2pixhd-global", 64, 64, options=options, patience=0.0, runs=3)
+    result = measure.run_task(task)
+    assert len(result.seconds) == 1 and not result.warm
+    result = measure.run_task(dataclasses.replace(task, patience=1e9))
+    assert len(result.seconds) == 3 and result.warm
 
 
 def test_statistics_of_runs() -> None:
