@@ -168,7 +168,7 @@ def _page(rows: list[_Row], device: torch.device, quick: bool) -> str:
     text = (
         "<p>A street that p2pfast drew itself, and the picture that the small generator shipped with p2pfast "
         f"makes of it. The tables time float32 networks on {html.escape(where)}, each engine in a process of "
-        "its own; the weights of the published network are random (seeded), which changes no timing. Runs are "
+        "its own; weights of the published network are random (seeded), which changes no timing. Runs are "
         "warmed up unless they are called cold. The largest difference is that of any value of the picture; "
         f"values span 2. Peak memory counts weights, input and all that lies between.{note}</p>"
     )
