@@ -121,7 +121,7 @@ bad(
     {"pad": 3},
     {"act": 8},
     {"weight_dtype": 2},
-    {"out_height": 9},
+    {"out_height": 12},
     {"pad": 1, "pad_top": 8, "out_height": 22},
     {"sources": []},
     {"sources": [source()] * 3},

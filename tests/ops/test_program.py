@@ -37,7 +37,7 @@ class Chain:
         for weight in self.weights:
             call = self.conv(0, lambda slot, offset: 64, normalised=False) | {"weight": weight.data_ptr()}
             info = _C.conv_info(self.number, call)
-            self.packed.append(torch.empty(info["packed_floats"]))
+            self.packed.append(torch.empty(max(1, info["packed_floats"])))
             _C.conv_pack(self.number, call, self.packed[-1].data_ptr())
         self.parts = info["partials"]
         image = H * W * ROOM * 4
@@ -134,7 +134,6 @@ class Chain:
     def memory(self, alloc: Alloc) -> tuple[Tensor, Tensor, Tensor]:
         """An input, a poisoned output and a poisoned arena."""
         x = alloc(1, H, W, ROOM, dtype=self.dtype)
-        x.zero_()
         x[..., :C] = torch.randn(1, H, W, C) + 5
         out = alloc(1, 7, 9, ROOM, dtype=self.dtype)
         return x, out, alloc(self.arena_size, dtype=torch.uint8)
