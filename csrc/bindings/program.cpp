@@ -1,5 +1,7 @@
 // Programs of the runtime and single steps, described by dictionaries whose keys are the fields of
 // the argument structs; addresses are integers.
+#include "cpu/program.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,7 +10,6 @@
 #include <vector>
 
 #include "cpu/parallel.h"
-#include "cpu/program.h"
 
 namespace py = pybind11;
 
@@ -31,7 +32,8 @@ class Fields {
   }
   template <class T>
   T need(const char* name) {
-    if (!dict_.contains(name)) throw std::invalid_argument(std::string("the field '") + name + "' is missing");
+    if (!dict_.contains(name))
+      throw std::invalid_argument(std::string("the field '") + name + "' is missing");
     return get<T>(name, T{});
   }
   template <class T>
@@ -47,7 +49,8 @@ class Fields {
     return static_cast<E>(value);
   }
   void done() const {
-    if (seen_ != dict_.size()) throw std::invalid_argument("an unknown field: " + py::repr(dict_).cast<std::string>());
+    if (seen_ != dict_.size())
+      throw std::invalid_argument("an unknown field: " + py::repr(dict_).cast<std::string>());
   }
 
  private:
@@ -95,7 +98,8 @@ ConvArgs read_conv(const py::dict& dict) {
   const auto sources = f.need<std::vector<py::dict>>("sources");
   a.sources = static_cast<int>(sources.size());
   if (a.sources < 1 || a.sources > 2)
-    throw std::invalid_argument("sources has " + std::to_string(a.sources) + " entries; 1 or 2 are supported");
+    throw std::invalid_argument("sources has " + std::to_string(a.sources) +
+                                " entries; 1 or 2 are supported");
   for (int i = 0; i < a.sources; ++i) a.source[i] = read_source(sources[i]);
   a.images = f.need<int>("images");
   a.height = f.need<int>("height");
@@ -138,13 +142,21 @@ ConvAlgorithm read_algorithm(int algorithm) {
 
 ConvStep read_conv_step(int algorithm, const py::dict& dict) {
   ConvStep step{read_conv(dict), read_algorithm(algorithm)};
-  if (const char* reason = conv_kernel(step.algorithm).refuses(step.args)) throw std::invalid_argument(reason);
-  if (!step.args.out.data || !step.args.source[0].data || !step.args.workspace)
-    throw std::invalid_argument("data, out and workspace must have an address");
+  if (const char* reason = conv_kernel(step.algorithm).refuses(step.args))
+    throw std::invalid_argument(reason);
+  const ConvArgs& a = step.args;
+  bool complete = a.out.data && a.workspace && (a.partial == nullptr) == (a.count == nullptr);
+  for (int i = 0; i < a.sources; ++i) complete = complete && a.source[i].data;
+  complete =
+      complete && (conv_kernel(step.algorithm).packed_floats(a) ? a.packed != nullptr : a.weight != nullptr);
+  if (!complete)
+    throw std::invalid_argument(
+        "data, out, workspace, the packed weights (or weight) and partial with count need an address");
   return step;
 }
 
-StatisticsArgs read_statistics(const py::dict& dict) {
+// Without addresses for the results, only the number of parts can be asked for.
+StatisticsArgs read_statistics(const py::dict& dict, bool complete) {
   Fields f(dict);
   StatisticsArgs a{};
   a.source = read_source(f.need<py::dict>("source"));
@@ -155,6 +167,7 @@ StatisticsArgs read_statistics(const py::dict& dict) {
   a.partial = f.pointer<float>("partial");
   a.count = f.pointer<float>("count");
   f.done();
+  if (complete) check(a);
   return a;
 }
 
@@ -175,6 +188,7 @@ MergeArgs read_merge(const py::dict& dict) {
   a.mean = f.pointer<float>("mean");
   a.variance = f.pointer<float>("variance");
   f.done();
+  check(a);
   return a;
 }
 
@@ -193,6 +207,7 @@ ApplyArgs read_apply(const py::dict& dict) {
   a.act = f.choice<Act>("act", 8);
   a.slope = f.get<float>("slope", 0.0f);
   f.done();
+  check(a);
   return a;
 }
 
@@ -212,6 +227,7 @@ PoolArgs read_pool(const py::dict& dict) {
   a.count_include_pad = f.get<bool>("count_include_pad", true);
   a.out = read_output(f.need<py::dict>("out"));
   f.done();
+  check(a);
   return a;
 }
 
@@ -287,17 +303,21 @@ void bind_program(py::module_& m) {
         const ConvArgs args = read_conv(dict);
         const ConvKernel& kernel = conv_kernel(read_algorithm(algorithm));
         if (const char* reason = kernel.refuses(args)) throw std::invalid_argument(reason);
+        if (kernel.packed_floats(args) == 0) return;
+        if (!args.weight || !packed) throw std::invalid_argument("weight and packed need an address");
         py::gil_scoped_release release;
         kernel.pack(args, reinterpret_cast<float*>(packed));
       },
       py::arg("algorithm"), py::arg("args"), py::arg("packed"));
-  m.def("run_conv", [](int algorithm, const py::dict& dict) { run_now(read_conv_step(algorithm, dict)); },
-        py::arg("algorithm"), py::arg("args"), "Runs one convolution with real addresses.");
-  m.def("run_statistics", [](const py::dict& dict) { run_now(read_statistics(dict)); });
+  m.def(
+      "run_conv", [](int algorithm, const py::dict& dict) { run_now(read_conv_step(algorithm, dict)); },
+      py::arg("algorithm"), py::arg("args"), "Runs one convolution with real addresses.");
+  m.def("run_statistics", [](const py::dict& dict) { run_now(read_statistics(dict, true)); });
   m.def("run_merge", [](const py::dict& dict) { run_now(read_merge(dict)); });
   m.def("run_apply", [](const py::dict& dict) { run_now(read_apply(dict)); });
   m.def("run_avg_pool", [](const py::dict& dict) { run_now(read_pool(dict)); });
-  m.def("statistics_parts", [](const py::dict& dict) { return norm_kernels().partials(read_statistics(dict)); });
+  m.def("statistics_parts",
+        [](const py::dict& dict) { return norm_kernels().partials(read_statistics(dict, false)); });
   m.def("slot_address", &slot_address, py::arg("slot"), py::arg("offset"));
 
   py::class_<Program>(m, "Program", "Steps that run one after another in one call.")
@@ -305,7 +325,7 @@ void bind_program(py::module_& m) {
       .def("__len__", &Program::size)
       .def("conv",
            [](Program& p, int algorithm, const py::dict& d) { return p.add(read_conv_step(algorithm, d)); })
-      .def("statistics", [](Program& p, const py::dict& d) { return p.add(read_statistics(d)); })
+      .def("statistics", [](Program& p, const py::dict& d) { return p.add(read_statistics(d, true)); })
       .def("merge", [](Program& p, const py::dict& d) { return p.add(read_merge(d)); })
       .def("apply", [](Program& p, const py::dict& d) { return p.add(read_apply(d)); })
       .def("avg_pool", [](Program& p, const py::dict& d) { return p.add(read_pool(d)); })

@@ -11,7 +11,16 @@
 namespace p2pfast {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
-enum class Act : int32_t { kNone = 0, kRelu = 1, kLeaky = 2, kTanh = 3, kSigmoid = 4, kElu = 5, kSilu = 6, kGelu = 7 };
+enum class Act : int32_t {
+  kNone = 0,
+  kRelu = 1,
+  kLeaky = 2,
+  kTanh = 3,
+  kSigmoid = 4,
+  kElu = 5,
+  kSilu = 6,
+  kGelu = 7
+};
 enum class Pad : int32_t { kZero = 0, kReflect = 1, kReplicate = 2 };
 
 // One input. The value used is act(scale[n, c] * data[n, y, x, c] + shift[n, c]).
@@ -29,8 +38,8 @@ struct Source {
 
 // Output pixel (y, x) channel c of image n is stored at
 // data[n * image_stride + y * row_stride + x * pixel_stride + c * channel_stride].
-// NHWC outputs (channel_stride 1) have room for round_up(channels, 16) channels a pixel, and the
-// lanes past `channels` are written as zeros.
+// NHWC outputs (channel_stride 1) have room for round_up(channels, 16) channels a pixel, and what
+// the lanes past `channels` hold is unspecified: readers take whole vectors and drop those lanes.
 struct Output {
   void* data;
   int64_t image_stride, row_stride, pixel_stride, channel_stride;
@@ -65,12 +74,12 @@ struct ConvArgs {
 };
 
 enum class ConvAlgorithm : int32_t {
-  kDirect = 0,      // implicit GEMM; packed weights
-  kWinograd = 1,    // blocks of tiles, transformed weights packed once
-  kWinograd2 = 2,   // the same with two outputs a tile and dimension (3x3 stride 1)
-  kStreamed = 3,    // Winograd, weights transformed on the fly; for few tiles and many channels
+  kDirect = 0,     // implicit GEMM; packed weights
+  kWinograd = 1,   // blocks of tiles, transformed weights packed once
+  kWinograd2 = 2,  // the same with two outputs a tile and dimension (3x3 stride 1)
+  kStreamed = 3,   // Winograd, weights transformed on the fly; for few tiles and many channels
   kStreamed2 = 4,
-  kThin = 5,        // few output channels: taps folded into columns
+  kThin = 5,  // few output channels: taps folded into columns
 };
 inline constexpr int kConvAlgorithms = 6;
 
@@ -86,7 +95,6 @@ struct ConvKernel {
   double (*multiplications)(const ConvArgs& args);
   void (*run)(const ConvArgs& args);
 };
-
 
 P2PFAST_PER_LEVEL(ConvKernel, conv_direct)
 P2PFAST_PER_LEVEL(ConvKernel, conv_winograd)

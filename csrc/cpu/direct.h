@@ -12,8 +12,8 @@
 
 namespace p2pfast::P2PFAST_LEVEL {
 
-inline constexpr int kMaxTaps = 16;    // of a kernel side
-inline constexpr int kMaxPhases = 4;   // of one dimension
+inline constexpr int kMaxTaps = 16;   // of a kernel side
+inline constexpr int kMaxPhases = 4;  // of one dimension
 
 // One dimension of one phase: output kStep * q + first reads inputs q * step + offset + j, j < taps,
 // with kernel tap tap[j].
@@ -136,8 +136,8 @@ struct Direct {
   }
 
   template <class T>
-  void store_rows(const float* sums, int width, int vectors, int64_t image, int q0, int rows, int r0, int columns,
-                  const Phase& py, const Phase& px, int c, Moments* moments) const {
+  void store_rows(const float* sums, int width, int vectors, int64_t image, int q0, int rows, int r0,
+                  int columns, const Phase& py, const Phase& px, int c, Moments* moments) const {
     Vec bias[kPanelVectors];
     for (int v = 0; v < vectors; ++v) {
       bias[v] = Vec{};
@@ -155,9 +155,11 @@ struct Direct {
         for (int v = 0; v < vectors; ++v) {
           const Vec value = load(from + v * kLanes) + bias[v];
           if (args.partial) moments[v].add(value);
-          put_vector(args, row + ox * args.out.pixel_stride, c + v * kLanes, finish(value, args.act, args.slope));
+          put_vector(args, row + ox * args.out.pixel_stride, c + v * kLanes,
+                     finish(value, args.act, args.slope));
         }
       }
+      for (int v = 0; args.partial && v < vectors; ++v) moments[v].settle();
     }
   }
 
@@ -173,31 +175,34 @@ struct Direct {
       const int q0 = static_cast<int>(block / across()) * block_rows();
       const int r0 = static_cast<int>(block % across()) * block_columns();
       const int rows = min2(block_rows(), rows_q - q0), columns = min2(block_columns(), columns_q - r0);
-      gather(args, image, static_cast<int64_t>(q0) * ys.step + ys.low, (rows - 1) * ys.step + ys.high - ys.low + 1,
-             static_cast<int64_t>(r0) * xs.step + xs.low, (columns - 1) * xs.step + xs.high - xs.low + 1, 0, channels,
-             scratch.window, channels, row_floats);
+      gather(args, image, static_cast<int64_t>(q0) * ys.step + ys.low,
+             (rows - 1) * ys.step + ys.high - ys.low + 1, static_cast<int64_t>(r0) * xs.step + xs.low,
+             (columns - 1) * xs.step + xs.high - xs.low + 1, 0, channels, scratch.window, channels,
+             row_floats);
       const int end = min2(out_channels, static_cast<int>(g + 1) * group());
       for (int c = static_cast<int>(g) * group(); c < end; c += kPanel) {
         const int vectors = min2(kPanelVectors, (out_channels - c) / kLanes), width = vectors * kLanes;
         Moments moments[kPanelVectors];
         for_phases([&](const Phase& py, const Phase& px, int64_t before) {
-          multiply(scratch, args.packed + static_cast<int64_t>(c) * depth() + before * width, rows, columns, vectors, py,
-                   px, row_floats);
-          auto store = args.out.dtype == DType::kFloat32 ? &Direct::store_rows<float> : &Direct::store_rows<bf16>;
+          multiply(scratch, args.packed + static_cast<int64_t>(c) * depth() + before * width, rows, columns,
+                   vectors, py, px, row_floats);
+          auto store =
+              args.out.dtype == DType::kFloat32 ? &Direct::store_rows<float> : &Direct::store_rows<bf16>;
           (this->*store)(scratch.sums, width, vectors, image, q0, rows, r0, columns, py, px, c, moments);
         });
         if (!args.partial) continue;
         const int stride = stats_stride(args);
         float* partial = args.partial + (image * per_image + block) * 2 * stride + c;
-        for (int v = 0; v < vectors; ++v) moments[v].write(partial + v * kLanes, partial + stride + v * kLanes);
+        for (int v = 0; v < vectors; ++v)
+          moments[v].write(partial + v * kLanes, partial + stride + v * kLanes);
         if (c == 0) args.count[image * per_image + block] = static_cast<float>(moments[0].count);
       }
     });
   }
 
   // sums[row][column][width] of one phase.
-  void multiply(const Scratch& scratch, const float* packed, int rows, int columns, int vectors, const Phase& py,
-                const Phase& px, int64_t row_floats) const {
+  void multiply(const Scratch& scratch, const float* packed, int rows, int columns, int vectors,
+                const Phase& py, const Phase& px, int64_t row_floats) const {
     const int width = vectors * kLanes, run = px.taps * channels;
     if (py.taps == 0 || px.taps == 0) {
       std::memset(scratch.sums, 0, sizeof(float) * rows * columns * width);
@@ -207,7 +212,8 @@ struct Direct {
       for (int k = 0; k < run; k += kDepth) {
         const float* b = packed + (static_cast<int64_t>(jy) * run + k) * width;
         for (int y = 0; y < rows; ++y) {
-          const float* a = scratch.window + (static_cast<int64_t>(y) * ys.step + py.offset - ys.low + jy) * row_floats +
+          const float* a = scratch.window +
+                           (static_cast<int64_t>(y) * ys.step + py.offset - ys.low + jy) * row_floats +
                            static_cast<int64_t>(px.offset - xs.low) * channels + k;
           gemm_panel(vectors, columns, a, static_cast<int64_t>(xs.step) * channels, b,
                      scratch.sums + static_cast<int64_t>(y) * columns * width, width, min2(kDepth, run - k),
@@ -224,8 +230,10 @@ struct Direct {
 };
 
 inline const char* direct_refuses(const ConvArgs& args) {
-  if (args.kernel_h > kMaxTaps || args.kernel_w > kMaxTaps) return "kernels above 16x16 are left to the library";
-  if (args.transposed && args.stride > kMaxPhases) return "transposed strides above 4 are left to the library";
+  if (args.kernel_h > kMaxTaps || args.kernel_w > kMaxTaps)
+    return "kernels above 16x16 are left to the library";
+  if (args.transposed && args.stride > kMaxPhases)
+    return "transposed strides above 4 are left to the library";
   return nullptr;
 }
 

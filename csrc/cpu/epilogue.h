@@ -10,10 +10,11 @@ namespace p2pfast::P2PFAST_LEVEL {
 inline int stats_stride(const ConvArgs& args) { return static_cast<int>(round_up(args.out_channels, 16)); }
 
 // Sums of one vector of channels, shifted by the first value seen: free of the cancellation that
-// E[x^2] - E[x]^2 suffers on data far from zero.
+// E[x^2] - E[x]^2 suffers on data far from zero. settle(), called now and then, moves the shift to the
+// mean so far, for data whose first value is unlike the others.
 struct Moments {
   Vec shift = {}, sum = {}, squares = {};
-  int64_t count = 0;
+  int64_t count = 0, next = 8;
 
   P2PFAST_INLINE void add(Vec v) {
     if (count == 0) shift = v;
@@ -21,6 +22,14 @@ struct Moments {
     sum += d;
     squares += d * d;
     ++count;
+  }
+  P2PFAST_INLINE void settle() {
+    if (count < next) return;
+    next = 4 * count;
+    const Vec average = sum / static_cast<float>(count);
+    squares -= sum * average;
+    shift += average;
+    sum = Vec{};
   }
   P2PFAST_INLINE void write(float* mean, float* m2) const {
     const Vec average = sum / static_cast<float>(count);
@@ -59,7 +68,8 @@ P2PFAST_INLINE void put_vector(const ConvArgs& args, T* pixel, int c, Vec v) {
   if (args.out.channel_stride == 1 && c + kLanes <= args.out.pixel_stride) {
     store(pixel + c, v);
   } else {
-    for (int i = 0; i < kLanes && c + i < args.out_channels; ++i) put(pixel + (c + i) * args.out.channel_stride, v[i]);
+    for (int i = 0; i < kLanes && c + i < args.out_channels; ++i)
+      put(pixel + (c + i) * args.out.channel_stride, v[i]);
   }
 }
 

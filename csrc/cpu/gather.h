@@ -34,8 +34,8 @@ P2PFAST_INLINE float activate(float v, float slope) {
 // `channels` consecutive channels of one pixel; writes up to kLanes - 1 values past them, which the
 // next pixel (or the scratch's slack) takes.
 template <class T, bool kNorm, Act kAct>
-P2PFAST_INLINE void gather_pixel(const T* from, const float* scale, const float* shift, float slope, int channels,
-                                 int readable, float* to) {
+P2PFAST_INLINE void gather_pixel(const T* from, const float* scale, const float* shift, float slope,
+                                 int channels, int readable, float* to) {
   const Vec slopes = splat(slope);
   int c = 0;
   for (; c + kLanes <= readable && c < channels; c += kLanes) {
@@ -51,8 +51,9 @@ P2PFAST_INLINE void gather_pixel(const T* from, const float* scale, const float*
 }
 
 template <class T, bool kNorm, Act kAct>
-void gather_source(const Source& s, Pad pad, int64_t height, int64_t width, int64_t n, int64_t y0, int rows, int64_t x0,
-                   int columns, int c0, int channels, bool alone, float* to, int64_t to_pixel, int64_t to_row) {
+void gather_source(const Source& s, Pad pad, int64_t height, int64_t width, int64_t n, int64_t y0, int rows,
+                   int64_t x0, int columns, int c0, int channels, bool alone, float* to, int64_t to_pixel,
+                   int64_t to_row) {
   const T* image = static_cast<const T*>(s.data) + n * s.image_stride + c0 * s.channel_stride;
   const float* scale = kNorm ? s.scale + n * s.norm_stride + c0 : nullptr;
   const float* shift = kNorm ? s.shift + n * s.norm_stride + c0 : nullptr;
@@ -88,8 +89,8 @@ inline constexpr int kGatherSlack = 16;
 
 // Channels [c0, c0 + channels) of the concatenated sources, rows [y0, y0 + rows) and columns
 // [x0, x0 + columns) of the padded input of image n.
-inline void gather(const ConvArgs& args, int64_t n, int64_t y0, int rows, int64_t x0, int columns, int c0, int channels,
-                   float* to, int64_t to_pixel, int64_t to_row) {
+inline void gather(const ConvArgs& args, int64_t n, int64_t y0, int rows, int64_t x0, int columns, int c0,
+                   int channels, float* to, int64_t to_pixel, int64_t to_row) {
   int first = 0;
   for (int i = 0; i < args.sources; ++i) {
     const Source& s = args.source[i];
@@ -101,7 +102,8 @@ inline void gather(const ConvArgs& args, int64_t n, int64_t y0, int rows, int64_
         auto run = s.act == Act::kRelu    ? gather_source<T, kNorm, Act::kRelu>
                    : s.act == Act::kLeaky ? gather_source<T, kNorm, Act::kLeaky>
                                           : gather_source<T, kNorm, Act::kNone>;
-        run(s, args.pad, args.height, args.width, n, y0, rows, x0, columns, from, count, args.sources == 1, base, to_pixel, to_row);
+        run(s, args.pad, args.height, args.width, n, y0, rows, x0, columns, from, count, args.sources == 1,
+            base, to_pixel, to_row);
       };
       if (s.dtype == DType::kFloat32) {
         s.scale ? call.template operator()<float, true>() : call.template operator()<float, false>();

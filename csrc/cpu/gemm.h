@@ -12,8 +12,8 @@ inline constexpr int kPanel = kPanelVectors * kLanes;  // columns of a full pane
 inline constexpr int kMaxRows = 6;
 
 template <int kRows, int kVectors>
-__attribute__((noinline)) void gemm_micro(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int k,
-                                          bool accumulate) {
+__attribute__((noinline)) void gemm_micro(const float* a, int64_t lda, const float* b, float* c, int64_t ldc,
+                                          int k, bool accumulate) {
   Vec acc[kRows][kVectors];
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
@@ -40,7 +40,8 @@ __attribute__((noinline)) void gemm_micro(const float* a, int64_t lda, const flo
 }
 
 template <int kVectors>
-void gemm_rows(int rows, const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int k, bool accumulate) {
+void gemm_rows(int rows, const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int k,
+               bool accumulate) {
   constexpr int kFull = kVectors == 3 && kLanes < 16 ? 4 : kMaxRows;
   for (; rows >= kFull; rows -= kFull) {
     gemm_micro<kFull, kVectors>(a, lda, b, c, ldc, k, accumulate);
@@ -66,8 +67,8 @@ void gemm_rows(int rows, const float* a, int64_t lda, const float* b, float* c, 
 }
 
 // One panel of `vectors` * kLanes columns.
-inline void gemm_panel(int vectors, int rows, const float* a, int64_t lda, const float* b, float* c, int64_t ldc,
-                       int k, bool accumulate) {
+inline void gemm_panel(int vectors, int rows, const float* a, int64_t lda, const float* b, float* c,
+                       int64_t ldc, int k, bool accumulate) {
   switch (vectors) {
     case 1:
       return gemm_rows<1>(rows, a, lda, b, c, ldc, k, accumulate);

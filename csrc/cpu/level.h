@@ -26,22 +26,22 @@ void set_active_level(const char* name);
 // Declares `extern const Type name` in every level's namespace and `p2pfast::name()`, which returns
 // the table of the active level.
 #ifdef P2PFAST_X86
-#define P2PFAST_PER_LEVEL(Type, name)                              \
-  namespace baseline {                                             \
-  extern const Type name;                                          \
-  }                                                                \
-  namespace avx2 {                                                 \
-  extern const Type name;                                          \
-  }                                                                \
-  namespace avx512 {                                               \
-  extern const Type name;                                          \
-  }                                                                \
-  namespace avx512_bf16 {                                          \
-  extern const Type name;                                          \
-  }                                                                \
-  inline const Type& name() {                                      \
+#define P2PFAST_PER_LEVEL(Type, name)                                                               \
+  namespace baseline {                                                                              \
+  extern const Type name;                                                                           \
+  }                                                                                                 \
+  namespace avx2 {                                                                                  \
+  extern const Type name;                                                                           \
+  }                                                                                                 \
+  namespace avx512 {                                                                                \
+  extern const Type name;                                                                           \
+  }                                                                                                 \
+  namespace avx512_bf16 {                                                                           \
+  extern const Type name;                                                                           \
+  }                                                                                                 \
+  inline const Type& name() {                                                                       \
     const Type* const tables[] = {&baseline::name, &avx2::name, &avx512::name, &avx512_bf16::name}; \
-    return *tables[static_cast<int>(active_level())];              \
+    return *tables[static_cast<int>(active_level())];                                               \
   }
 #else
 #define P2PFAST_PER_LEVEL(Type, name) \

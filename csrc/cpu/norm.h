@@ -29,7 +29,7 @@ struct MergeArgs {
   const float* bias;
   float* scale;  // images x round_up(channels, 16)
   float* shift;
-  float* mean;  // optional, like scale: for running statistics
+  float* mean;      // optional, like scale: for running statistics
   float* variance;  // biased
 };
 

@@ -30,7 +30,9 @@ void parallel_for(int64_t tasks, F&& f) {
   using Body = F;
   p2pfast::run_parallel(
       tasks,
-      [](void* context, int64_t task, int worker) { (*static_cast<std::remove_reference_t<Body>*>(context))(task, worker); },
+      [](void* context, int64_t task, int worker) {
+        (*static_cast<std::remove_reference_t<Body>*>(context))(task, worker);
+      },
       &f);
 }
 

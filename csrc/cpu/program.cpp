@@ -1,16 +1,31 @@
 #include "cpu/program.h"
 
 #include <chrono>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
 namespace p2pfast {
 namespace {
 
-[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("convolution: " + what); }
-
 void require(bool ok, const char* name, int64_t value, const char* rule) {
-  if (!ok) refuse(std::string(name) + " is " + std::to_string(value) + "; " + rule);
+  if (!ok) throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) + "; " + rule);
+}
+
+void require_positive(const char* name, int64_t value) {
+  require(value > 0, name, value, "it must be positive");
+}
+
+void require_address(const char* name, const void* address) {
+  if (address == nullptr) throw std::invalid_argument(std::string(name) + " has no address");
+}
+
+void check_source(const Source& source, int images, int height, int width) {
+  require_positive("images", images);
+  require_positive("height", height);
+  require_positive("width", width);
+  require_positive("channels", source.channels);
+  require_address("data", source.data);
 }
 
 struct Binder {
@@ -92,8 +107,13 @@ void run(const InstanceEdges& args) { instance_edges(args); }
 
 void check(const ConvArgs& a) {
   require(a.sources == 1 || a.sources == 2, "sources", a.sources, "1 or 2 are supported");
+  constexpr int64_t kMost = 1 << 24;  // of any size: products of a few of them stay within 64 bits
   for (int i = 0; i < a.sources; ++i)
-    require(a.source[i].channels > 0, "channels", a.source[i].channels, "it must be positive");
+    require(a.source[i].channels > 0 && a.source[i].channels < kMost, "channels", a.source[i].channels,
+            "it must be positive and below 2^24");
+  for (const int64_t size : {a.height, a.width, a.out_height, a.out_width, a.out_channels, a.kernel_h,
+                             a.kernel_w, a.stride, a.pad_top, a.pad_left})
+    require(size < kMost, "a size", size, "it must be below 2^24");
   require(a.images > 0, "images", a.images, "an empty batch has no convolution");
   require(a.height > 0, "height", a.height, "it must be positive");
   require(a.width > 0, "width", a.width, "it must be positive");
@@ -110,17 +130,63 @@ void check(const ConvArgs& a) {
   if (a.transposed) {
     require(a.pad == Pad::kZero, "pad", static_cast<int>(a.pad), "transposed convolutions pad with zeros");
     require(a.pad_top < a.kernel_h, "padding", a.pad_top, "it must be below the transposed kernel's size");
-    const int64_t reach = static_cast<int64_t>(a.height - 1) * a.stride - 2 * a.pad_top + a.kernel_h;
-    require(a.out_height >= reach && a.out_height < reach + a.stride, "out_height", a.out_height,
-            "it does not follow from the input, stride, padding and kernel");
+    for (const bool rows : {true, false}) {
+      const int64_t input = rows ? a.height : a.width, kernel = rows ? a.kernel_h : a.kernel_w;
+      const int64_t reach = (input - 1) * a.stride - 2 * (rows ? a.pad_top : a.pad_left) + kernel;
+      const int64_t out = rows ? a.out_height : a.out_width;
+      require(out >= reach && out < reach + a.stride, rows ? "out_height" : "out_width", out,
+              "it does not follow from the input, stride, padding and kernel");
+    }
   } else {
     const int64_t last_row = static_cast<int64_t>(a.out_height - 1) * a.stride - a.pad_top + a.kernel_h - 1;
     require(last_row < a.height + a.pad_top + a.stride, "out_height", a.out_height,
             "it reaches past the padded input");
-    const int64_t last_column = static_cast<int64_t>(a.out_width - 1) * a.stride - a.pad_left + a.kernel_w - 1;
+    const int64_t last_column =
+        static_cast<int64_t>(a.out_width - 1) * a.stride - a.pad_left + a.kernel_w - 1;
     require(last_column < a.width + a.pad_left + a.stride, "out_width", a.out_width,
             "it reaches past the padded input");
   }
+}
+
+void check(const StatisticsArgs& a) {
+  check_source(a.source, a.images, a.height, a.width);
+  require_address("partial", a.partial);
+  require_address("count", a.count);
+}
+
+void check(const MergeArgs& a) {
+  require_positive("images", a.images);
+  require_positive("channels", a.channels);
+  require_positive("parts", a.parts);
+  if (!(a.eps >= 0.0f)) throw std::invalid_argument("eps must not be negative");
+  require_address("partial", a.partial);
+  require_address("count", a.count);
+  require_address("scale", a.scale);
+  require_address("shift", a.shift);
+}
+
+void check(const ApplyArgs& a) {
+  check_source(a.first, a.images, a.height, a.width);
+  require_address("out", a.out.data);
+  if (a.second.data == nullptr) return;
+  require(a.second.channels == a.channels, "channels", a.second.channels,
+          "both sources need the same number");
+}
+
+void check(const PoolArgs& a) {
+  check_source(a.source, a.images, a.height, a.width);
+  require_address("out", a.out.data);
+  require_positive("kernel", a.kernel);
+  require_positive("stride", a.stride);
+  require(a.pad >= 0 && 2 * a.pad <= a.kernel, "pad", a.pad, "it must be from 0 to half the kernel");
+  require_positive("out_height", a.out_height);
+  require_positive("out_width", a.out_width);
+  const int64_t rows = static_cast<int64_t>(a.out_height - 1) * a.stride - a.pad;
+  const int64_t columns = static_cast<int64_t>(a.out_width - 1) * a.stride - a.pad;
+  require(rows + a.kernel <= a.height + a.pad, "out_height", a.out_height,
+          "it reaches past the padded input");
+  require(columns + a.kernel <= a.width + a.pad, "out_width", a.out_width,
+          "it reaches past the padded input");
 }
 
 int Program::add(Step step) {
@@ -128,7 +194,8 @@ int Program::add(Step step) {
   return size() - 1;
 }
 
-void Program::run(const std::vector<uint64_t>& slots, int begin, int end, std::vector<double>* seconds) const {
+void Program::run(const std::vector<uint64_t>& slots, int begin, int end,
+                  std::vector<double>* seconds) const {
   using Clock = std::chrono::steady_clock;
   const Binder binder{slots};
   for (int i = begin; i < end; ++i) {

@@ -26,8 +26,13 @@ struct ConvStep {
 
 // Throws std::invalid_argument naming the field whose value no kernel can take.
 void check(const ConvArgs& args);
+void check(const StatisticsArgs& args);
+void check(const MergeArgs& args);
+void check(const ApplyArgs& args);
+void check(const PoolArgs& args);
 
-using Step = std::variant<ConvStep, StatisticsArgs, MergeArgs, ApplyArgs, PoolArgs, LabelConvArgs, InstanceEdges>;
+using Step =
+    std::variant<ConvStep, StatisticsArgs, MergeArgs, ApplyArgs, PoolArgs, LabelConvArgs, InstanceEdges>;
 
 class Program {
  public:

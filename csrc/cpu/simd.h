@@ -54,7 +54,9 @@ P2PFAST_INLINE bf16 float_to_bf16(float f) {
   return static_cast<bf16>((w + 0x7fffu + ((w >> 16) & 1u)) >> 16);
 }
 
-P2PFAST_INLINE Vec load(const bf16* p) { return (Vec)(__builtin_convertvector(*reinterpret_cast<const VecHU*>(p), VecW) << 16); }
+P2PFAST_INLINE Vec load(const bf16* p) {
+  return (Vec)(__builtin_convertvector(*reinterpret_cast<const VecHU*>(p), VecW) << 16);
+}
 
 P2PFAST_INLINE void store(bf16* p, Vec v) {
 #if defined(__AVX512BF16__)
@@ -70,7 +72,7 @@ P2PFAST_INLINE void store(bf16* p, Vec v) {
   const __m128i low = _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
   *reinterpret_cast<VecHU*>(p) = (VecHU)low;
 #else
-  *reinterpret_cast<VecHU*>(p) = (VecHU)__builtin_convertvector(r, VecH);
+  *reinterpret_cast<VecHU*>(p) = (VecHU) __builtin_convertvector(r, VecH);
 #endif
 #endif
 }

@@ -189,6 +189,7 @@ struct Winograd {
                    finish(value, args.act, args.slope));
       }
     }
+    if (args.partial) moments.settle();
   }
 
   // Stores tiles [first, first + count) of an image and their statistics as part `part`.

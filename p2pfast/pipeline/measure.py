@@ -240,7 +240,7 @@ def difference(first: str, second: str) -> tuple[float, float]:
     import numpy as np
     import torch
 
-    from p2pfast.pipeline.network import image_to_uint8
+    from p2pfast.functional import image_to_uint8
 
     a, b = (torch.from_numpy(np.load(path)) for path in (first, second))
     steps = (image_to_uint8(a).int() - image_to_uint8(b).int()).abs()

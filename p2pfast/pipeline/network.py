@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from p2pfast.functional import image_to_uint8
 from p2pfast.labelmap import LabelMap
 from p2pfast.pipeline.errors import UsageError, first_line
 from p2pfast.pipeline.sizes import Fit, network_fit
@@ -105,12 +106,6 @@ def count_classes(channels: int, with_instances: bool, given: int | None) -> int
     return classes
 
 
-def image_to_uint8(image: Tensor) -> Tensor:
-    """(N, C, H, W) in [-1, 1] to (N, H, W, C) uint8 on the CPU, cut off like the published ``tensor2im``."""
-    scaled = ((image.float() + 1) / 2 * 255).clamp(0, 255)
-    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
-
-
 def run(network: Network, given: LabelMap | Tensor) -> Tensor:
     """Run a batch and give (N, H, W, 1 or 3) uint8. Raises UsageError if the output is no picture."""
     with torch.inference_mode():
@@ -121,4 +116,4 @@ def run(network: Network, given: LabelMap | Tensor) -> Tensor:
             raise UsageError(
                 f"the network gives {found}, not pictures of 1 or 3 channels; is it a generator?"
             )
-        return image_to_uint8(output)
+        return image_to_uint8(output).cpu()

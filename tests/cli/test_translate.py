@@ -15,8 +15,8 @@ from PIL import Image
 from typer.testing import Result
 
 from p2pfast import models
+from p2pfast.functional import image_to_uint8
 from p2pfast.labelmap import LabelMap
-from p2pfast.pipeline.network import image_to_uint8
 from tests.cli.conftest import Street, leftovers, read
 
 Run = Callable[..., Result]

@@ -173,7 +173,7 @@ def test_nearest_is_pillows(height: int, width: int) -> None:
 def test_uint8_is_truncated_like_the_published_scripts() -> None:
     values = torch.linspace(-1.2, 1.2, 3 * 40 * 50).reshape(1, 3, 40, 50)
     published = np.clip((values.numpy() + 1) / 2.0 * 255.0, 0, 255).astype(np.uint8)
-    assert np.array_equal(network.image_to_uint8(values).numpy(), published.transpose(0, 2, 3, 1))
+    assert np.array_equal(image_to_uint8(values).numpy(), published.transpose(0, 2, 3, 1))
 
 
 def test_classes_are_inferred() -> None:

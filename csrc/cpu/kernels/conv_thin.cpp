@@ -43,8 +43,8 @@ struct Thin {
         for (int i = 0; i < channels; ++i) {
           for (int l = 0; l < panel; ++l) {
             const int tap = (c + l) / args.out_channels, co = (c + l) % args.out_channels;
-            *packed++ = c + l < folded ? to_float(weight[co * args.weight_out_stride + i * args.weight_in_stride +
-                                                         p * args.kernel_w + tap])
+            *packed++ = c + l < folded ? to_float(weight[co * args.weight_out_stride +
+                                                         i * args.weight_in_stride + p * args.kernel_w + tap])
                                        : 0.0f;
           }
         }
@@ -56,9 +56,10 @@ struct Thin {
     float *window, *products, *line;
   };
   Scratch carve(Carver& carver) const {
-    return {carver.floats(window_rows() * row_floats() + kGatherSlack),
-            carver.floats(static_cast<int64_t>(product_rows()) * window_columns() * width),
-            carver.floats(static_cast<int64_t>(args.out_channels) * round_up(block_columns() * xs.spread, 16))};
+    return {
+        carver.floats(window_rows() * row_floats() + kGatherSlack),
+        carver.floats(static_cast<int64_t>(product_rows()) * window_columns() * width),
+        carver.floats(static_cast<int64_t>(args.out_channels) * round_up(block_columns() * xs.spread, 16))};
   }
   int64_t workspace(int threads) const {
     Carver carver{nullptr};
@@ -74,7 +75,8 @@ struct Thin {
         for (int p = 0; p < passes; ++p) {
           gemm_panel(vectors, columns, scratch.window + (y + p) * row_floats(), channels,
                      packed + static_cast<int64_t>(p) * channels * vectors * kLanes,
-                     scratch.products + static_cast<int64_t>(y) * window_columns() * width + c, width, channels, p > 0);
+                     scratch.products + static_cast<int64_t>(y) * window_columns() * width + c, width,
+                     channels, p > 0);
         }
       }
       packed += static_cast<int64_t>(passes) * channels * vectors * kLanes;
@@ -92,20 +94,23 @@ struct Thin {
           const int row = args.transposed ? y + py.offset - ys.low + jy : y;
           const int tap_row = args.transposed ? py.tap[jy] * args.kernel_w : 0;
           for (int jx = 0; jx < px.taps; ++jx) {
-            const float* from = scratch.products +
-                                (static_cast<int64_t>(row) * window_columns() + x + px.offset - xs.low + jx) * width +
-                                (tap_row + px.tap[jx]) * args.out_channels;
+            const float* from =
+                scratch.products +
+                (static_cast<int64_t>(row) * window_columns() + x + px.offset - xs.low + jx) * width +
+                (tap_row + px.tap[jx]) * args.out_channels;
             for (int co = 0; co < args.out_channels; ++co) sum[co] += from[co];
           }
         }
         for (int co = 0; co < args.out_channels; ++co)
-          scratch.line[co * line_stride + x * xs.spread + px.first] = sum[co] + (args.bias ? args.bias[co] : 0.0f);
+          scratch.line[co * line_stride + x * xs.spread + px.first] =
+              sum[co] + (args.bias ? args.bias[co] : 0.0f);
       }
     }
   }
 
   template <class T>
-  void store_line(const Scratch& scratch, int64_t image, int oy, int ox, int columns, int64_t line_stride) const {
+  void store_line(const Scratch& scratch, int64_t image, int oy, int ox, int columns,
+                  int64_t line_stride) const {
     for (int co = 0; co < args.out_channels; ++co) {
       float* line = scratch.line + co * line_stride;
       for (int x = 0; x < columns; x += kLanes) store(line + x, finish(load(line + x), args.act, args.slope));
@@ -125,8 +130,8 @@ struct Thin {
       const int r0 = static_cast<int>(block % across()) * block_columns();
       const int rows = min2(block_rows(), rows_q - q0), columns = min2(block_columns(), columns_q - r0);
       const int halo_y = ys.high - ys.low, halo_x = xs.high - xs.low;
-      gather(args, image, q0 + ys.low, rows + halo_y, r0 + xs.low, columns + halo_x, 0, channels, scratch.window,
-             channels, row_floats());
+      gather(args, image, q0 + ys.low, rows + halo_y, r0 + xs.low, columns + halo_x, 0, channels,
+             scratch.window, channels, row_floats());
       multiply(scratch, args.transposed ? rows + halo_y : rows, columns + halo_x);
       const int64_t line_stride = round_up(block_columns() * xs.spread, 16);
       const int ox = r0 * xs.spread, valid = min2(columns * xs.spread, args.out_width - ox);

@@ -12,7 +12,8 @@ constexpr int kStrip = 2048;  // floats, 8 KB: stays in L1 beside its inputs
 constexpr int kChannelChunk = 64;
 
 // Reads channels [c0, c0 + n) of pixels [x0, x0 + pixels) with normalisation and activation.
-inline void read_strip(const Source& s, int64_t image, int y, int x0, int pixels, int c0, int n, float* strip) {
+inline void read_strip(const Source& s, int64_t image, int y, int x0, int pixels, int c0, int n,
+                       float* strip) {
   ConvArgs one{};
   one.source[0] = s;
   one.sources = 1;
@@ -25,11 +26,12 @@ inline void read_strip(const Source& s, int64_t image, int y, int x0, int pixels
 template <class T>
 void write_strip(const Output& out, int channels, int64_t image, int y, int x0, int pixels, int c0, int n,
                  const float* strip) {
-  T* base = static_cast<T*>(out.data) + image * out.image_stride + y * out.row_stride + x0 * out.pixel_stride +
-            c0 * out.channel_stride;
+  T* base = static_cast<T*>(out.data) + image * out.image_stride + y * out.row_stride +
+            x0 * out.pixel_stride + c0 * out.channel_stride;
   if (out.channel_stride != 1) {
     for (int c = 0; c < n; ++c)
-      for (int x = 0; x < pixels; ++x) put(base + c * out.channel_stride + x * out.pixel_stride, strip[x * n + c]);
+      for (int x = 0; x < pixels; ++x)
+        put(base + c * out.channel_stride + x * out.pixel_stride, strip[x * n + c]);
     return;
   }
   const bool last = c0 + n == channels;
@@ -62,29 +64,31 @@ void for_strips(int images, int height, int width, int channels, F&& f) {
 }
 
 void apply(const ApplyArgs& args) {
-  for_strips(args.images, args.height, args.width, args.channels, [&](int64_t image, int y, int x0, int pixels) {
-    alignas(64) float a[kStrip + 2 * kGatherSlack], b[kStrip + 2 * kGatherSlack];
-    for (int c0 = 0; c0 < args.channels; c0 += kChannelChunk) {
-      const int n = min2(kChannelChunk, args.channels - c0);
-      const int size = pixels * n;
-      read_strip(args.first, image, y, x0, pixels, c0, n, a);
-      if (args.noise) {
-        const int64_t plane = static_cast<int64_t>(args.height) * args.width;
-        for (int c = 0; c < n; ++c) {
-          const float* noise = args.noise + (image * args.channels + c0 + c) * plane +
-                               static_cast<int64_t>(y) * args.width + x0;
-          for (int x = 0; x < pixels; ++x) a[x * n + c] *= noise[x];
-        }
-      }
-      if (args.second.data) {
-        read_strip(args.second, image, y, x0, pixels, c0, n, b);
-        for (int i = 0; i < size; i += kLanes) store(a + i, load(a + i) + load(b + i));
-      }
-      if (args.act != Act::kNone)
-        for (int i = 0; i < size; i += kLanes) store(a + i, finish(load(a + i), args.act, args.slope));
-      write_any_strip(args.out, args.channels, image, y, x0, pixels, c0, n, a);
-    }
-  });
+  for_strips(args.images, args.height, args.width, args.channels,
+             [&](int64_t image, int y, int x0, int pixels) {
+               alignas(64) float a[kStrip + 2 * kGatherSlack], b[kStrip + 2 * kGatherSlack];
+               for (int c0 = 0; c0 < args.channels; c0 += kChannelChunk) {
+                 const int n = min2(kChannelChunk, args.channels - c0);
+                 const int size = pixels * n;
+                 read_strip(args.first, image, y, x0, pixels, c0, n, a);
+                 if (args.noise) {
+                   const int64_t plane = static_cast<int64_t>(args.height) * args.width;
+                   for (int c = 0; c < n; ++c) {
+                     const float* noise = args.noise + (image * args.channels + c0 + c) * plane +
+                                          static_cast<int64_t>(y) * args.width + x0;
+                     for (int x = 0; x < pixels; ++x) a[x * n + c] *= noise[x];
+                   }
+                 }
+                 if (args.second.data) {
+                   read_strip(args.second, image, y, x0, pixels, c0, n, b);
+                   for (int i = 0; i < size; i += kLanes) store(a + i, load(a + i) + load(b + i));
+                 }
+                 if (args.act != Act::kNone)
+                   for (int i = 0; i < size; i += kLanes)
+                     store(a + i, finish(load(a + i), args.act, args.slope));
+                 write_any_strip(args.out, args.channels, image, y, x0, pixels, c0, n, a);
+               }
+             });
 }
 
 constexpr int kBand = 16;  // rows of one part
@@ -109,6 +113,7 @@ void statistics(const StatisticsArgs& args) {
         read_strip(args.source, image, y, x0, pixels, c0, n, a);
         for (int x = 0; x < pixels; ++x)
           for (int v = 0; v * kLanes < wide; ++v) moments[v].add(load(a + x * n + v * kLanes));
+        for (int v = 0; v * kLanes < wide; ++v) moments[v].settle();
       }
     }
     float* mean = args.partial + (image * parts + part) * 2 * stride + c0;
@@ -145,7 +150,8 @@ void merge(const MergeArgs& args) {
         }
         if (args.over_batch && image + 1 < args.images) continue;
         const double variance = real ? into.m2 / into.count : 0.0;
-        const double weight = real && args.weight ? args.weight[c] : 1.0, bias = real && args.bias ? args.bias[c] : 0.0;
+        const double weight = real && args.weight ? args.weight[c] : 1.0,
+                     bias = real && args.bias ? args.bias[c] : 0.0;
         const double scale = real ? weight / __builtin_sqrt(variance + args.eps) : 0.0;
         const double shift = real ? bias - into.mean * scale : 0.0;
         for (int64_t i = args.over_batch ? 0 : image; i <= image; ++i) {
