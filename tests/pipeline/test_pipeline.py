@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from p2pfast import models
+from p2pfast.functional import image_to_uint8
 from p2pfast.pipeline import images, measure, network
 from p2pfast.pipeline.errors import InputError, UsageError
 from p2pfast.pipeline.files import find_items
