@@ -96,6 +96,8 @@ class _State:
         self.dtype = dtype
         if options["backend"] == "reference":
             self.reason = "backend='reference'"
+        elif options["backend"] == "cuda":
+            self.reason = "backend='cuda': there are no fused GPU kernels yet"
         elif options["mode"] == "train":
             self.reason = "mode='train': the fused backward pass is not there yet, training runs in PyTorch"
         elif dtype not in STORED:
@@ -172,7 +174,7 @@ def optimize(
             ``torch.bfloat16``; None keeps the parameters' own. Accumulation is always in float32.
         mode: ``"inference"`` runs without gradients; ``"train"`` keeps them.
         backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"reference"`` (the module itself, to compare with).
-        accuracy: ``"default"``, or ``"fast"`` for a looser error where a kernel offers one.
+        accuracy: ``"default"``, or ``"fast"`` for a looser error where a kernel offers one; none does yet.
         memory_limit: bytes (or ``"4GB"``, ``"512MB"``) that packed copies of weights may take; fewer make
             layers transform their weights while they run.
 
