@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -65,36 +66,20 @@ class Planned:
         return self.out.permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize("implementation", ["p2pfast", "p2pfast bfloat16", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_label_conv(benchmark: Any, scene: tuple[Tensor, Tensor], layer: str, implementation: str) -> None:
+def test_label_conv(
+    benchmark: Any, compare: Callable[..., None], scene: tuple[Tensor, Tensor], layer: str, dtype: torch.dtype
+) -> None:
     labels, edges = scene
     cout, pool_levels = LAYERS[layer]
     weight = torch.randn(cout, CLASSES + 1, 7, 7, generator=torch.Generator().manual_seed(0)) * 0.03
-    pixels = (HEIGHT >> pool_levels) * (WIDTH >> pool_levels)
-    benchmark.extra_info["dense_gflop"] = 2e-9 * pixels * cout * (CLASSES + 1) * 49
-    dense: dict[str, Any] = {
-        "labels": labels,
-        "edges": edges,
-        "weight": weight,
-        "bias": None,
-        "num_classes": CLASSES,
-        "pool_levels": pool_levels,
-    }
-    with torch.no_grad():
-        if implementation == "torch":
-            benchmark.pedantic(label_conv_reference, kwargs=dense, rounds=3, warmup_rounds=1)
-            return
-        _C.set_num_threads(torch.get_num_threads())
-        dtype = torch.bfloat16 if "bfloat16" in implementation else torch.float32
-        planned = Planned(labels, edges, weight, pool_levels, dtype)
-        expected = label_conv_reference(**dense)
-        tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
-        torch.testing.assert_close(planned().float(), expected, rtol=tolerance, atol=tolerance)
-        del expected
-        moved = labels.nbytes + edges.nbytes + planned.out.nbytes
-        benchmark.pedantic(planned, rounds=20, warmup_rounds=3)
-    benchmark.extra_info["bytes"] = moved
-    if benchmark.stats is not None:  # None with --benchmark-disable
-        benchmark.extra_info["gb_per_s"] = moved / benchmark.stats.stats.median * 1e-9
+    planned = Planned(labels, edges, weight, pool_levels, dtype)
+
+    def dense() -> Tensor:
+        return label_conv_reference(labels, edges, weight, None, CLASSES, pool_levels)
+
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(planned().float(), dense(), rtol=tolerance, atol=tolerance)
+    compare(planned, dense, bytes_moved=labels.nbytes + edges.nbytes + planned.out.nbytes, rounds=20)
     benchmark.extra_info["uniform_windows"] = (planned.uniform != 255).float().mean().item()
