@@ -47,8 +47,8 @@ struct Input {
     pixel_stride = nchw ? 1 : room;
     row_stride = s.width * pixel_stride;
     image_stride = s.height * s.width * room;
-    values.assign(static_cast<size_t>(s.images * image_stride), 0.0f);
-    scale.assign(static_cast<size_t>(s.images * padded(count)), 0.0f);
+    values.assign(static_cast<size_t>(s.images * image_stride), NAN);  // and so padding lanes stay
+    scale.assign(static_cast<size_t>(s.images * padded(count)), NAN);
     shift = scale;
     for (int n = 0; n < s.images; ++n) {
       for (int c = 0; c < count; ++c) {
