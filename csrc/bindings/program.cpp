@@ -318,7 +318,14 @@ void bind_program(py::module_& m) {
   m.def("run_avg_pool", [](const py::dict& dict) { run_now(read_pool(dict)); });
   m.def("statistics_parts",
         [](const py::dict& dict) { return norm_kernels().partials(read_statistics(dict, false)); });
-  m.def("slot_address", &slot_address, py::arg("slot"), py::arg("offset"));
+  m.def(
+      "slot_address",
+      [](int slot, uint64_t offset) {
+        if (slot < 0 || slot >= 0xffff) throw std::invalid_argument("slot must be from 0 to 65534");
+        if (offset >> 48 != 0) throw std::invalid_argument("offset must be below 2^48");
+        return slot_address(slot, offset);
+      },
+      py::arg("slot"), py::arg("offset"));
 
   py::class_<Program>(m, "Program", "Steps that run one after another in one call.")
       .def(py::init<>())

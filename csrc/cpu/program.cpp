@@ -36,7 +36,9 @@ struct Binder {
     const auto address = reinterpret_cast<uint64_t>(pointer);
     const uint64_t slot = address >> 48;
     if (slot == 0) return;
-    pointer = reinterpret_cast<T*>(slots.at(slot - 1) + (address & 0xffffffffffffull));
+    const uint64_t base = slot <= slots.size() ? slots[slot - 1] : 0;
+    if (base == 0) throw std::invalid_argument("slot " + std::to_string(slot - 1) + " is used but not bound");
+    pointer = reinterpret_cast<T*>(base + (address & 0xffffffffffffull));
   }
   void operator()(Source& source) const {
     (*this)(source.data);
@@ -197,6 +199,8 @@ int Program::add(Step step) {
 void Program::run(const std::vector<uint64_t>& slots, int begin, int end,
                   std::vector<double>* seconds) const {
   using Clock = std::chrono::steady_clock;
+  if (begin < 0 || end > size())
+    throw std::out_of_range("the program has " + std::to_string(size()) + " steps");
   const Binder binder{slots};
   for (int i = begin; i < end; ++i) {
     Step step = steps_.at(i);

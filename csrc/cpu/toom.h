@@ -154,7 +154,7 @@ struct F22 {
 
 // A scheme is what one dimension of a tile does:
 //   kWindow input samples, from kStepIn * tile + origin, become kPoints points; the point of index i
-//   is multiplied by row i of weight() and accumulated into point point_of(i) of kSums, from which
+//   is multiplied by row i of weight() and accumulated into point sum_of(i) of kSums, from which
 //   output() makes kStepOut results.
 
 template <class F, int kOut>

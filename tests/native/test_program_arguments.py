@@ -256,3 +256,19 @@ def test_program_keeps_no_bad_step() -> None:
     with pytest.raises(ValueError, match="'source' is missing"):
         made.statistics(SIZE)
     assert len(made) == 2
+
+
+def test_programs_refuse_ranges_and_slots_that_are_not_there() -> None:
+    program = _C.Program()
+    first = source(data=_C.slot_address(0, 0))
+    program.apply(APPLY | {"first": first, "out": tensor(5) | {"data": _C.slot_address(1, 0)}})
+    for begin, end in ((0, 2), (-1, 1)):
+        with pytest.raises(IndexError, match="1 steps"):
+            program.run([place(0), place(5)], begin, end)
+    for slots in ([], [place(0)], [0, place(5)]):
+        with pytest.raises(ValueError, match="not bound"):
+            program.run(slots, 0, 1)
+    program.run([place(0), place(5)], 0, 1)
+    for slot, offset in ((-1, 0), (65535, 0), (0, 1 << 48)):
+        with pytest.raises((ValueError, TypeError)):
+            _C.slot_address(slot, offset)
