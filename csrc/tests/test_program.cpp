@@ -144,7 +144,7 @@ TEST(program_from_several_threads) {
 TEST(program_checks_ranges_and_slots) {
   const Chain chain;
   const std::vector<uint64_t> none;
-  CHECK_THROWS(chain.program.run(none, 0, 1, nullptr), std::out_of_range, "");
+  CHECK_THROWS(chain.program.run(none, 0, 1, nullptr), std::invalid_argument, "not bound");
   CHECK_THROWS(chain.program.run(none, 3, 4, nullptr), std::out_of_range, "");
   CHECK_THROWS(chain.program.run(none, -1, 1, nullptr), std::out_of_range, "");
   chain.program.run(none, 2, 2, nullptr);
