@@ -13,7 +13,8 @@ from p2pfast import _C
 from p2pfast.fuse.capture import capture, trace
 from p2pfast.fuse.graph import Graph
 from p2pfast.labelmap import LabelMap
-from p2pfast.runtime.plan import Constant, Plan, make_plan
+from p2pfast.runtime.plan import Constant, Plan
+from p2pfast.runtime.planner import make_plan
 
 STORED = (torch.float32, torch.bfloat16)
 
