@@ -15,8 +15,9 @@ from rich.table import Table
 
 from p2pfast import models
 from p2pfast.cli import tables
-from p2pfast.pipeline import images, measure
-from p2pfast.pipeline.errors import UsageError
+from p2pfast.data import images
+from p2pfast.errors import UsageError
+from p2pfast.pipeline import measure
 from p2pfast.pipeline.network import choose_device, choose_dtype
 from p2pfast.pipeline.sizes import SizePolicy
 

@@ -16,10 +16,11 @@ from rich.table import Table
 from p2pfast.assets import DEMO_GENERATOR
 from p2pfast.cli import tables
 from p2pfast.data import NUM_CLASSES, Scene, colorize, draw_scene
+from p2pfast.data.images import write_image, write_text
+from p2pfast.data.page import figure, page
+from p2pfast.errors import UsageError
 from p2pfast.labelmap import LabelMap
-from p2pfast.pipeline import gallery, measure, network
-from p2pfast.pipeline.errors import UsageError
-from p2pfast.pipeline.images import write_image, write_text
+from p2pfast.pipeline import measure, network
 
 HEADINGS = ("engine", "time a picture", "runs", "images/s", "peak memory", "largest difference")
 
@@ -172,6 +173,6 @@ def _page(rows: list[_Row], device: torch.device, quick: bool) -> str:
         "warmed up unless they are called cold. The largest difference is that of any value of the picture; "
         f"values span 2. Peak memory counts weights, input and all that lies between.{note}</p>"
     )
-    figure = gallery.figure("street", [("labels", "labels.png"), ("result", "result.png")])
+    picture = figure("street", [("labels", "labels.png"), ("result", "result.png")])
     measured = "\n".join(_html_table(title, group) for title, group in _networks(rows).items())
-    return gallery.page("p2pfast demo", f"{text}\n{figure}\n{measured}")
+    return page("p2pfast demo", f"{text}\n{picture}\n{measured}")

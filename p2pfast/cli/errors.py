@@ -9,7 +9,7 @@ from typing import ParamSpec, TypeVar
 
 import typer
 
-from p2pfast.pipeline.errors import UsageError, first_line
+from p2pfast.errors import UsageError, first_line
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -11,10 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextCol
 from rich.text import Text
 
 from p2pfast.cli.errors import BAD_INPUTS, INTERRUPTED
+from p2pfast.data.images import read_ids, read_image, write_image
+from p2pfast.errors import InputError, UsageError
 from p2pfast.pipeline import gallery, network
-from p2pfast.pipeline.errors import InputError, UsageError
 from p2pfast.pipeline.files import Failure, Item, find_items
-from p2pfast.pipeline.images import read_ids, read_image, write_image
 from p2pfast.pipeline.measure import set_threads
 from p2pfast.pipeline.sizes import SizePolicy
 from p2pfast.pipeline.translate import Job, translate

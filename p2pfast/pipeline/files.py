@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from p2pfast.pipeline.errors import UsageError
+from p2pfast.errors import UsageError
 
 EXTENSIONS = frozenset({".png", ".bmp", ".tif", ".tiff", ".pgm", ".ppm", ".gif", ".webp", ".jpg", ".jpeg"})
 LABEL_SUFFIXES = ("_gtFine_labelIds", "_gtCoarse_labelIds")

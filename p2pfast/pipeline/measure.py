@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from p2pfast.pipeline.errors import UsageError, first_line
+from p2pfast.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     import torch

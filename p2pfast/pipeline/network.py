@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from p2pfast.errors import UsageError, first_line
 from p2pfast.functional import image_to_uint8
 from p2pfast.labelmap import LabelMap
-from p2pfast.pipeline.errors import UsageError, first_line
 from p2pfast.pipeline.sizes import Fit, network_fit
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
-from p2pfast.pipeline.errors import UsageError
+from p2pfast.errors import UsageError
 
 _PROBE = 1024
 
@@ -93,24 +92,6 @@ class SizePolicy:
         if self.kind == "exact":
             return self.height, self.width
         return height, width
-
-
-def resize_ids(ids: NDArray[np.integer], height: int, width: int) -> NDArray[np.integer]:
-    """Nearest-neighbour resize of (H, W) ids of any integer type, with Pillow's choice of neighbour."""
-    if ids.shape == (height, width):
-        return ids
-    rows = ((np.arange(height) + 0.5) * (ids.shape[0] / height)).astype(np.int64)
-    columns = ((np.arange(width) + 0.5) * (ids.shape[1] / width)).astype(np.int64)
-    return ids[rows[:, None], columns[None, :]]
-
-
-def resize_image(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    """Bicubic resize of (H, W, C) uint8."""
-    if pixels.shape[:2] == (height, width):
-        return pixels
-    squeezed = pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
-    resized = np.array(Image.fromarray(squeezed).resize((width, height), Image.Resampling.BICUBIC))
-    return resized.reshape(height, width, pixels.shape[2])
 
 
 def pad(array: NDArray, fit: Fit) -> NDArray:

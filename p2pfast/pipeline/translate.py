@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from p2pfast.data.classes import colorize
+from p2pfast.data.images import read_ids, read_image, resize_ids, resize_image, write_image
+from p2pfast.errors import InputError, UsageError, first_line
 from p2pfast.labelmap import LabelMap
 from p2pfast.pipeline import sizes
-from p2pfast.pipeline.errors import InputError, UsageError, first_line
 from p2pfast.pipeline.files import Failure, Item
 from p2pfast.pipeline.gallery import input_picture
-from p2pfast.pipeline.images import read_ids, read_image, write_image
 from p2pfast.pipeline.network import Network, run
 
 
@@ -142,7 +142,7 @@ def _read(job: Job, item: Item) -> _Input:
     if job.num_classes is None:
         pixels = read_image(item.source, job.network.channels)
         height, width = job.size.target(pixels.shape[0], pixels.shape[1], fit)
-        return _Input(item, sizes.pad(sizes.resize_image(pixels, height, width), fit), None, height, width)
+        return _Input(item, sizes.pad(resize_image(pixels, height, width), fit), None, height, width)
     labels = read_ids(item.source, "label map")
     wrong = (labels < 0) | (labels >= job.num_classes)
     if wrong.any():
@@ -165,8 +165,8 @@ def _read(job: Job, item: Item) -> _Input:
                 f"{labels.shape[1]}x{labels.shape[0]} pixels, but its instance map {item.instances} has "
                 f"{instances.shape[1]}x{instances.shape[0]}"
             )
-        instances = sizes.pad(sizes.resize_ids(instances, height, width), fit)
-    return _Input(item, sizes.pad(sizes.resize_ids(labels, height, width), fit), instances, height, width)
+        instances = sizes.pad(resize_ids(instances, height, width), fit)
+    return _Input(item, sizes.pad(resize_ids(labels, height, width), fit), instances, height, width)
 
 
 def _run_batch(job: Job, batch: list[_Input]) -> list[NDArray[np.uint8]]:

@@ -36,9 +36,7 @@ def test_commands_load_torch_when_they_need_it() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "import time:" in line}
-    assert not {
-        name for name in names if name.startswith("p2pfast.pipeline.") and name != "p2pfast.pipeline.errors"
-    }
+    assert not {name for name in names if name.startswith("p2pfast.pipeline.") and name != "p2pfast.errors"}
 
 
 def test_info(run: Run) -> None:

@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 
 from p2pfast import models
+from p2pfast.data import images
+from p2pfast.data.images import resize_ids
+from p2pfast.errors import InputError, UsageError
 from p2pfast.functional import image_to_uint8
-from p2pfast.pipeline import images, measure, network
-from p2pfast.pipeline.errors import InputError, UsageError
+from p2pfast.pipeline import measure, network
 from p2pfast.pipeline.files import find_items
-from p2pfast.pipeline.sizes import Fit, SizePolicy, network_fit, pad, resize_ids
+from p2pfast.pipeline.sizes import Fit, SizePolicy, network_fit, pad
 
 
 def test_sixteen_bit_maps_are_exact(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Reading label maps, instance maps and photographs; writing results so that a file is whole or absent."""
+"""Reading and resizing label maps, instance maps and photographs; writing files that are whole or absent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from p2pfast.pipeline.errors import InputError, first_line
+from p2pfast.errors import InputError, first_line
 
 #: Pillow widens 2- and 4-bit grey levels to 8 bits; dividing by these gives the stored numbers back.
 _GREY_SCALE = {"L;2": 85, "L;4": 17}
@@ -76,6 +76,24 @@ def _raw_mode(image: Image.Image) -> str:
     arguments = tile[0][3]
     raw = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return raw if isinstance(raw, str) else image.mode
+
+
+def resize_ids(ids: NDArray[np.integer], height: int, width: int) -> NDArray[np.integer]:
+    """Nearest-neighbour resize of (H, W) ids of any integer type, with Pillow's choice of neighbour."""
+    if ids.shape == (height, width):
+        return ids
+    rows = ((np.arange(height) + 0.5) * (ids.shape[0] / height)).astype(np.int64)
+    columns = ((np.arange(width) + 0.5) * (ids.shape[1] / width)).astype(np.int64)
+    return ids[rows[:, None], columns[None, :]]
+
+
+def resize_image(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """Bicubic resize of (H, W, C) uint8."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    squeezed = pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
+    resized = np.array(Image.fromarray(squeezed).resize((width, height), Image.Resampling.BICUBIC))
+    return resized.reshape(height, width, pixels.shape[2])
 
 
 def write_image(path: Path, pixels: NDArray[np.uint8]) -> None:
