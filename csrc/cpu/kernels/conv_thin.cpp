@@ -1,7 +1,9 @@
-// Few output channels (an image): the taps of a kernel row become columns of the matrix product, so
-// that its vectors are full, and a short sum over shifted columns follows. A transposed convolution
-// folds all its taps; an ordinary one those of a kernel row, and accumulates over kernel rows.
+// Few output channels (an image). Where rows.h has a scheme for the shape, that; else the taps of a kernel
+// row become columns of the matrix product, so that its vectors are full, and a short sum over shifted
+// columns follows. A transposed convolution folds all its taps; an ordinary one those of a kernel row,
+// and accumulates over kernel rows.
 #include "cpu/direct.h"
+#include "cpu/rows.h"
 
 namespace p2pfast::P2PFAST_LEVEL {
 namespace {
@@ -162,22 +164,35 @@ const char* thin_refuses(const ConvArgs& args) {
   return nullptr;
 }
 
+// f(kernel) of the implementation for this shape.
+template <class F>
+auto with_thin(const ConvArgs& args, F&& f) {
+  decltype(f(Thin{args})) result{};
+  if (!with_rows(args, [&]<class S>() { result = f(Rows<S>{args}); })) result = f(Thin{args});
+  return result;
+}
+
 }  // namespace
 
 const ConvKernel conv_thin = {
     thin_refuses,
-    [](const ConvArgs& args) { return Thin{args}.packed_floats(); },
+    [](const ConvArgs& args) { return with_thin(args, [](const auto& k) { return k.packed_floats(); }); },
     [](const ConvArgs& args, float* packed) {
-      if (args.weight_dtype == DType::kFloat32) {
-        Thin{args}.pack_from<float>(packed);
-      } else {
-        Thin{args}.pack_from<bf16>(packed);
-      }
+      with_thin(args, [&](const auto& k) {
+        if (args.weight_dtype == DType::kFloat32) {
+          k.template pack_from<float>(packed);
+        } else {
+          k.template pack_from<bf16>(packed);
+        }
+        return 0;
+      });
     },
-    [](const ConvArgs& args, int threads) { return Thin{args}.workspace(threads); },
-    [](const ConvArgs& args) { return Thin{args}.blocks(); },
-    [](const ConvArgs& args) { return Thin{args}.multiplications(); },
-    [](const ConvArgs& args) { Thin{args}.run(); },
+    [](const ConvArgs& args, int threads) {
+      return with_thin(args, [&](const auto& k) { return k.workspace(threads); });
+    },
+    [](const ConvArgs&) { return int64_t{1}; },
+    [](const ConvArgs& args) { return with_thin(args, [](const auto& k) { return k.multiplications(); }); },
+    [](const ConvArgs& args) { with_thin(args, [](const auto& k) { return k.run(), 0; }); },
 };
 
 }  // namespace p2pfast::P2PFAST_LEVEL
