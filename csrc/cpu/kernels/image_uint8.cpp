@@ -1,5 +1,6 @@
 #include "cpu/image_uint8.h"
 
+#include "cpu/half.h"
 #include "cpu/parallel.h"
 #include "cpu/simd_math.h"
 
@@ -9,27 +10,6 @@ namespace {
 constexpr int64_t kTile = 256;  // pixels
 constexpr int64_t kTaskPixels = 1 << 14;
 constexpr int kMaxChannels = 4;
-
-struct Half {
-  uint16_t bits;
-};
-
-// Exact for every float16: the exponent is rebased by a multiplication, which also takes care of
-// subnormal numbers.
-P2PFAST_INLINE Vec half_to_float(VecH bits) {
-  const VecW h = __builtin_convertvector(bits, VecW);
-  const Vec finite = (Vec)((h & 0x7fffu) << 13) * 0x1p112f;
-  const VecW special = (VecW)((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
-  return (Vec)((VecW)finite | special | ((h & 0x8000u) << 16));
-}
-
-P2PFAST_INLINE Vec load_values(const float* p) { return load(p); }
-P2PFAST_INLINE Vec load_values(const bf16* p) { return load(p); }
-P2PFAST_INLINE Vec load_values(const Half* p) {
-  VecH bits;
-  std::memcpy(&bits, p, sizeof(bits));
-  return half_to_float(bits);
-}
 
 template <bool kTanh>
 P2PFAST_INLINE VecI quantized(Vec v) {
@@ -45,13 +25,13 @@ template <class T, bool kTanh>
 void quantize(const T* from, int64_t count, int32_t* to) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    const VecI q = quantized<kTanh>(load_values(from + i));
+    const VecI q = quantized<kTanh>(load(from + i));
     std::memcpy(to + i, &q, sizeof(q));
   }
   if (i == count) return;
   T rest[kLanes] = {};
   std::memcpy(rest, from + i, static_cast<size_t>(count - i) * sizeof(T));
-  const VecI q = quantized<kTanh>(load_values(rest));
+  const VecI q = quantized<kTanh>(load(rest));
   std::memcpy(to + i, &q, sizeof(q));
 }
 

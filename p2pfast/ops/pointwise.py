@@ -1,0 +1,87 @@
+"""What the losses over lists of tensors share: the native call, and their backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from p2pfast import _C
+
+# In the order of the native enumeration (csrc/cpu/pointwise_loss.h).
+LOSSES = ("logistic", "square", "hinge", "linear", "absolute_difference", "squared_difference")
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` itself if its values lie side by side, in any of the two memory formats; else a copy."""
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    return x.contiguous()
+
+
+def dense_like(x: Tensor, other: Tensor) -> Tensor:
+    """``x`` with its values in the order of those of ``other``, a result of ``dense``."""
+    if x.stride() == other.stride():
+        return x
+    channels_last = not other.is_contiguous()
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def gradient_weights(values: Sequence[Tensor], weights: Sequence[float]) -> list[float]:
+    """What the stored gradients still lack: float16 has no room for 1 / (number of values)."""
+    return [w if x.dtype == torch.float16 else 1.0 for x, w in zip(values, weights, strict=True)]
+
+
+def run_pointwise(
+    loss: str,
+    target: float,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor] | None,
+    weights: Sequence[float],
+    gradient: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The weighted sum, a float32 scalar, and the gradients with respect to ``a`` (none unless wanted), which
+    are to be multiplied by ``gradient_weights``."""
+    a = [dense(x.detach()) for x in a]
+    if b is not None:
+        b = [dense_like(y.detach(), x) for x, y in zip(a, b, strict=True)]
+    gradients = [torch.empty_like(x) for x in a] if gradient else []
+    missing = gradient_weights(a, weights)
+    parts = []
+    for i, (x, weight) in enumerate(zip(a, weights, strict=True)):
+        y = x if b is None else b[i]
+        stored = 1.0 if missing[i] != 1.0 else weight
+        address = gradients[i].data_ptr() if gradient else 0
+        kinds = (TYPES[x.dtype], TYPES[y.dtype])
+        parts.append((x.data_ptr(), y.data_ptr(), address, x.numel(), *kinds, weight, stored))
+    out = torch.empty((), dtype=torch.float32)
+    _C.set_num_threads(torch.get_num_threads())
+    _C.pointwise_loss(loss=LOSSES.index(loss), target=target, parts=parts, out=out.data_ptr())
+    return out, gradients
+
+
+def fake_pointwise(a: Sequence[Tensor], gradient: bool) -> tuple[Tensor, list[Tensor]]:
+    out = torch.empty((), dtype=torch.float32, device=a[0].device)
+    return out, [torch.empty_like(dense(x)) for x in a] if gradient else []
+
+
+def scaled(gradients: Sequence[Tensor], missing: Sequence[float], upstream: Tensor) -> list[Tensor]:
+    """The stored gradients times the gradient of what follows; themselves where that is 1."""
+    if type(upstream) is not Tensor or upstream.device.type != "cpu":  # traced: its value is not known
+        return [(g.float() * (upstream * m)).to(g.dtype) for g, m in zip(gradients, missing, strict=True)]
+    factor = float(upstream)
+    return [g if factor * m == 1.0 else g * (factor * m) for g, m in zip(gradients, missing, strict=True)]
+
+
+def differentiable(
+    reference: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor, *args: Any
+) -> list[Tensor | None]:
+    """Gradients of ``reference(inputs, *args)`` that can be differentiated again."""
+    with torch.enable_grad():
+        loss = reference(inputs, *args)
+    wanted = [x for x in inputs if x.requires_grad]
+    found = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=True, allow_unused=True))
+    return [next(found) if x.requires_grad else None for x in inputs]
