@@ -1,5 +1,5 @@
 // Losses that are weighted sums over the values of several tensors, with their gradients, in one pass.
-// The order of summation is fixed: chunks of kLossChunk values in float32, chunks in float64.
+// The order of summation is fixed: a thousand values in float32, the rest in float64.
 #pragma once
 
 #include <cstdint>

@@ -43,7 +43,7 @@ def test_value_and_gradient(cpu_level: str, loss: str, target: float, dtype: tor
         expected, gradients = exact(values, loss, target, 0.5)
         result = gan_loss(values, loss, target, 0.5)
         assert result.dtype == torch.float32
-        torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(result.double(), expected, rtol=5e-7, atol=1e-7)
         for got, want in zip(torch.autograd.grad(result, values), gradients, strict=True):
             assert got.dtype == dtype
             # float16 has steps of 6e-8 near zero, whatever PyTorch's own kernels do.

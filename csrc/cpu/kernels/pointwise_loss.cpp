@@ -7,6 +7,8 @@
 namespace p2pfast::P2PFAST_LEVEL {
 namespace {
 
+constexpr int64_t kFloatSum = 1024;  // values added up in float32 before float64 takes over
+
 struct Result {
   Vec loss, gradient;
 };
@@ -58,17 +60,21 @@ constexpr bool has_two(Loss loss) {
 template <class A, class B, Loss kLoss, bool kGradient>
 double run_chunk(const A* a, const B* b, A* gradient, int64_t count, float target_value, float weight) {
   const Vec target = splat(target_value), weights = splat(weight);
-  Vec sum[2] = {};
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    for (int k = 0; k < 2; ++k) {
-      const int64_t at = i + k * kLanes;
-      const Result r = evaluate<kLoss>(load(a + at), has_two(kLoss) ? load(b + at) : Vec{}, target);
-      sum[k] += r.loss;
-      if constexpr (kGradient) store(gradient + at, r.gradient * weights);
-    }
-  }
   double total = 0;
+  int64_t i = 0;
+  while (i + 2 * kLanes <= count) {
+    Vec sum[2] = {};
+    const int64_t end = min2(i + kFloatSum, count);
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+      for (int k = 0; k < 2; ++k) {
+        const int64_t at = i + k * kLanes;
+        const Result r = evaluate<kLoss>(load(a + at), has_two(kLoss) ? load(b + at) : Vec{}, target);
+        sum[k] += r.loss;
+        if constexpr (kGradient) store(gradient + at, r.gradient * weights);
+      }
+    }
+    for (int lane = 0; lane < kLanes; ++lane) total += sum[0][lane] + sum[1][lane];
+  }
   for (; i < count; i += kLanes) {
     const int64_t n = min2<int64_t>(kLanes, count - i);
     A rest_a[kLanes] = {}, out[kLanes];
@@ -82,7 +88,6 @@ double run_chunk(const A* a, const B* b, A* gradient, int64_t count, float targe
       std::memcpy(gradient + i, out, static_cast<size_t>(n) * sizeof(A));
     }
   }
-  for (int lane = 0; lane < kLanes; ++lane) total += sum[0][lane] + sum[1][lane];
   return total;
 }
 
