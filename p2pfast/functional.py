@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from p2pfast.ops import autocast, gradients
 from p2pfast.ops.image_uint8.op import image_uint8
 from p2pfast.ops.image_uint8.reference import image_uint8_reference
 from p2pfast.ops.instance_edges.op import instance_edges
+
+gradients.register()
+autocast.register()
 
 __all__ = ["image_to_uint8", "instance_edges"]
 

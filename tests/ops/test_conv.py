@@ -177,15 +177,6 @@ def test_compiles_to_one_graph() -> None:
     torch.testing.assert_close(compiled(kwargs["x"]), conv(**kwargs) + 1)
 
 
-def test_no_gradient() -> None:
-    x = torch.randn(1, 4, 5, 5, requires_grad=True)
-    weight = torch.randn(4, 4, 3, 3)
-    with torch.no_grad():
-        assert not conv(x, weight).requires_grad
-    with pytest.raises(RuntimeError, match="autograd"):
-        conv(x, weight).sum().backward()
-
-
 def test_two_threads_at_once() -> None:
     jobs = [example() for _ in range(2)] + [example(algorithm="streamed"), example(algorithm="direct")]
     expected = [conv(**job) for job in jobs]

@@ -190,9 +190,8 @@ def conv(
     """A convolution with the deferred normalisation of its input, its padding and its activation in one pass.
 
     ``act(conv(pad(input_act(scale * cat(x) + shift)), weight) + bias)``; see ``conv_reference`` and this
-    folder's README. Sums, normalisation and activations are float32. For inference: the result has no
-    gradient, and a backward pass through it raises. Weights are packed at every call; a plan
-    (``p2pfast.optimize``) packs them once.
+    folder's README. Sums, normalisation and activations are float32. Weights are packed at every call; a
+    plan (``p2pfast.optimize``) packs them once. Differentiable, also twice (``p2pfast.ops.gradients``).
 
     Args:
         x: (N, C, H, W), float32 or bfloat16, read in place as contiguous or channels_last; or two of them

@@ -123,7 +123,7 @@ def instance_norm_act(
     ``act((x - mean) / sqrt(variance + eps) * weight + bias + residual)``, in float32 whatever x's dtype.
     Without ``mean`` and ``variance`` it is InstanceNorm, or BatchNorm on the batch's own statistics with
     ``over_batch``; with them it is either with frozen statistics. Running statistics are not updated.
-    For inference: the result has no gradient, and a backward pass through it raises.
+    Differentiable, also twice (``p2pfast.ops.gradients``).
 
     Args:
         x: (N, C, H, W), float32 or bfloat16, read in place as contiguous or channels_last.
