@@ -1,0 +1,449 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from p2pfast import _C
+from p2pfast.ops.conv.activation import activation_code
+from p2pfast.ops.conv.source import describe_output, describe_source
+from p2pfast.ops.norm_act.reference import norm_act_reference
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_NATIVE_ACTS = ("none", "relu", "leaky_relu", "tanh", "sigmoid", "elu", "silu")
+
+
+def is_native(x: Tensor, act: str) -> bool:
+    """Whether the native kernels take this tensor and activation."""
+    return x.device.type == "cpu" and x.dtype in _DTYPES and act in _NATIVE_ACTS
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` (N, C, H, W) itself if it is contiguous in either memory format, else a contiguous copy."""
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous()
+
+
+def is_planes(x: Tensor) -> bool:
+    """Whether a dense tensor is read plane by plane; of one that is contiguous both ways, either is right."""
+    return x.is_contiguous()
+
+
+def like(t: Tensor, x: Tensor) -> Tensor:
+    """``t`` in the memory format of the dense ``x``."""
+    return t.contiguous(memory_format=torch.contiguous_format if is_planes(x) else torch.channels_last)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    over_batch: bool,
+    eps: float,
+    act: str,
+    residual: Tensor | None,
+) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"x has dtype {x.dtype}; a floating-point dtype is expected")
+    if x.dim() != 4:
+        raise ValueError(f"x has shape {tuple(x.shape)}; (images, channels, height, width) is expected")
+    if x.numel() == 0:
+        what = "an empty batch" if x.shape[0] == 0 else "an empty tensor"
+        raise ValueError(f"x has shape {tuple(x.shape)}: {what} has no statistics")
+    images, channels = x.shape[:2]
+    if (mean is None) != (variance is None):
+        raise ValueError("mean and variance go together; one of them is None")
+    for name, t in (("weight", weight), ("bias", bias), ("mean", mean), ("variance", variance)):
+        if t is None:
+            continue
+        if not t.is_floating_point():
+            raise TypeError(f"{name} has dtype {t.dtype}; a floating-point dtype is expected")
+        batched = name in ("mean", "variance") and t.shape == (images, channels)
+        if t.shape != (channels,) and not batched:
+            also = f" or ({images}, {channels})" if name in ("mean", "variance") else ""
+            raise ValueError(f"{name} has shape {tuple(t.shape)}; ({channels},){also} is expected")
+        if t.device != x.device:
+            raise ValueError(f"{name} is on {t.device}, x on {x.device}; they must be on one device")
+    if mean is not None and variance is not None and mean.shape != variance.shape:
+        raise ValueError(f"mean has shape {tuple(mean.shape)}, variance {tuple(variance.shape)}")
+    if residual is not None:
+        if residual.dtype != x.dtype:
+            raise TypeError(f"residual has dtype {residual.dtype}, x {x.dtype}; they must be equal")
+        if residual.shape != x.shape or residual.device != x.device:
+            raise ValueError(
+                f"residual has shape {tuple(residual.shape)} on {residual.device}, x {tuple(x.shape)} on "
+                f"{x.device}; they must be equal"
+            )
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}; it must not be negative")
+    values = x.shape[2:].numel() * (images if over_batch else 1)
+    if mean is None and values == 1:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}: the deviation of one value a channel is zero; give mean and "
+            "variance, or a larger x"
+        )
+    activation_code(act)
+
+
+def norm_act(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    mean: Tensor | None = None,
+    variance: Tensor | None = None,
+    over_batch: bool = False,
+    eps: float = 1e-5,
+    act: str = "none",
+    slope: float = 0.0,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalisation, affine, residual addition and activation for training.
+
+    ``act((x - mean) / sqrt(variance + eps) * weight + bias + residual)`` in float32 whatever x's dtype. The
+    backward pass keeps x and the statistics (and the residual where an activation follows it), reads x and
+    the incoming gradient, and writes x's gradient; the output is not kept. Sums have a fixed order. float16,
+    float64, gelu and other devices run ``norm_act_reference``, and so does a backward pass that is to be
+    differentiated again.
+
+    Args:
+        x: (N, C, H, W), floating point; contiguous and channels_last are read as they are.
+        weight, bias: (C,), floating point, or None.
+        mean, variance: frozen statistics, (C,) or (N, C), the variance biased; they get no gradient. None:
+            x's own.
+        over_batch: one mean for the whole batch (BatchNorm) instead of one an image.
+        eps: added to the variance.
+        act, slope: as for ``p2pfast.ops.conv.conv``.
+        residual: like x, added before the activation; or None.
+
+    Returns:
+        y (N, C, H, W) in x's dtype and memory format; the mean and the biased variance that were used,
+        float32, (C,) or (N, C), without gradients.
+
+    Raises:
+        TypeError: a dtype that is not listed above.
+        ValueError: shapes that do not fit, an empty batch, tensors on different devices, or statistics of a
+            single value.
+    """
+    _check(x, weight, bias, mean, variance, over_batch, eps, act, residual)
+    if is_native(x, act):
+        y, used_mean, used_variance = _norm_act(
+            x, weight, bias, mean, variance, over_batch, eps, act, slope, residual
+        )
+        return y, used_mean, used_variance
+    y = norm_act_reference(x, weight, bias, mean, variance, over_batch, eps, act, slope, residual)
+    if mean is None or variance is None:
+        variance, mean = torch.var_mean(x.detach().float(), (0, 2, 3) if over_batch else (2, 3), correction=0)
+    return y, mean.detach().float(), variance.detach().float()
+
+
+def _float(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach().to(torch.float32).contiguous()
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _statistics_shape(x: Tensor, mean: Tensor | None, over_batch: bool) -> tuple[int, ...]:
+    if mean is not None:
+        return tuple(mean.shape)
+    return (x.shape[1],) if over_batch else (x.shape[0], x.shape[1])
+
+
+def apply_channels_last(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    act: str,
+    slope: float,
+    residual: Tensor | None,
+) -> Tensor:
+    """``act(scale * x + shift + residual)`` of channels_last tensors; scale, shift (C,) or (N, C) float32."""
+    images, _, height, width = x.shape
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    call: dict[str, Any] = {
+        "first": describe_source(x, scale, shift),
+        "images": images,
+        "height": height,
+        "width": width,
+        "out": describe_output(out),
+        "act": activation_code(act),
+        "slope": slope,
+    }
+    if residual is not None:
+        call["second"] = describe_source(residual)
+    _C.run_apply(call)
+    return out
+
+
+def channels_last_statistics(x: Tensor, over_batch: bool) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, (C,) or (N, C) float32, of a channels_last tensor."""
+    images, channels, height, width = x.shape
+    stride = -(-channels // 16) * 16
+    call = {"source": describe_source(x), "images": images, "height": height, "width": width}
+    parts = _C.statistics_parts(call)
+    partial = torch.empty((images, parts, 2, stride), dtype=torch.float32)
+    count = torch.empty((images, parts), dtype=torch.float32)
+    _C.run_statistics({**call, "partial": partial.data_ptr(), "count": count.data_ptr()})
+    return merged_statistics(partial, count, channels, over_batch)
+
+
+def merged_statistics(
+    partial: Tensor, count: Tensor, channels: int, over_batch: bool
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance from partial statistics (images, parts, 2, stride) and their counts."""
+    images, parts = count.shape
+    results = torch.empty((4, images, partial.shape[3]), dtype=torch.float32)
+    names = ("scale", "shift", "mean", "variance")
+    call = {"partial": partial.data_ptr(), "count": count.data_ptr(), "images": images, "channels": channels}
+    addresses = {name: t.data_ptr() for name, t in zip(names, results, strict=True)}
+    _C.run_merge({**call, **addresses, "parts": parts, "over_batch": over_batch, "eps": 1.0})
+    mean, variance = results[2:, :, :channels]
+    return (mean[0].clone(), variance[0].clone()) if over_batch else (mean.clone(), variance.clone())
+
+
+@torch.library.custom_op("p2pfast::norm_act", mutates_args=(), device_types="cpu")
+def _norm_act(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    over_batch: bool,
+    eps: float,
+    act: str,
+    slope: float,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _C.set_num_threads(torch.get_num_threads())
+    x = dense(x.detach())
+    residual = None if residual is None else like(residual.detach(), x)
+    weight, bias = _float(weight), _float(bias)
+    images, channels, height, width = x.shape
+    frozen = mean is not None and variance is not None
+    if not is_planes(x):
+        if mean is not None and variance is not None:
+            mean, variance = mean.detach().float().clone(), variance.detach().float().clone()
+        else:
+            mean, variance = channels_last_statistics(x, over_batch)
+        # In float64 and rounded once: scale * x and shift nearly cancel far from zero.
+        scale = torch.rsqrt(variance.double() + eps)
+        if weight is not None:
+            scale = scale * weight
+        shift = -mean * scale
+        if bias is not None:
+            shift = shift + bias
+        y = apply_channels_last(x, scale.float(), shift.float(), act, slope, residual)
+        return y, mean, variance
+    shape = _statistics_shape(x, mean, over_batch)
+    used = torch.empty((3, *shape), dtype=torch.float32)
+    if mean is not None and variance is not None:
+        used[0], used[1] = mean, torch.rsqrt(variance.double() + eps)
+        used[2] = variance
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _C.norm_act(
+        backward=False,
+        x=x.data_ptr(),
+        residual=_address(residual),
+        out=y.data_ptr(),
+        dtype=int(x.dtype == torch.bfloat16),
+        planes=True,
+        images=images,
+        channels=channels,
+        pixels=height * width,
+        over_batch=len(shape) == 1,
+        frozen=frozen,
+        eps=eps,
+        weight=_address(weight),
+        bias=_address(bias),
+        mean=used[0].data_ptr(),
+        rstd=used[1].data_ptr(),
+        variance=used[2].data_ptr(),
+        act=activation_code(act),
+        slope=slope,
+    )
+    return y, used[0].clone(), used[2].clone()
+
+
+@_norm_act.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    over_batch: bool,
+    eps: float,
+    act: str,
+    slope: float,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = _statistics_shape(x, mean, over_batch)
+    used_mean, used_variance = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(dense(x)), used_mean, used_variance
+
+
+def norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    frozen: bool,
+    eps: float,
+    act: str,
+    slope: float,
+    residual: Tensor | None,
+    of_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of ``norm_act`` for x, weight, bias (both (C,) float32) and residual, in one fused pass.
+
+    Args:
+        grad: of the output.
+        x: what was normalised; float32 or bfloat16 on the CPU.
+        mean, variance: what ``norm_act`` returned.
+        frozen: they were given to it.
+        residual: may be None where act is ``"none"``.
+        of_residual: whether its gradient is wanted where an activation follows it; where none does, it is
+            ``grad``.
+    """
+    dx, dweight, dbias, dresidual = _norm_act_backward(
+        grad,
+        x,
+        weight,
+        bias,
+        mean,
+        variance,
+        frozen,
+        eps,
+        act,
+        slope,
+        residual,
+        of_residual and act != "none",
+    )
+    if of_residual and act == "none":
+        return dx, dweight, dbias, grad
+    return dx, dweight, dbias, dresidual if of_residual else None
+
+
+@torch.library.custom_op("p2pfast::norm_act_backward", mutates_args=(), device_types="cpu")
+def _norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    frozen: bool,
+    eps: float,
+    act: str,
+    slope: float,
+    residual: Tensor | None,
+    of_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _C.set_num_threads(torch.get_num_threads())
+    x = dense(x.detach())
+    grad = like(grad.detach().to(x.dtype), x)
+    residual = None if residual is None or act == "none" else like(residual.detach(), x)
+    weight, bias = _float(weight), _float(bias)
+    images, channels, height, width = x.shape
+    planes, pixels = is_planes(x), height * width
+    mean = mean.detach().contiguous()
+    rstd = torch.rsqrt(variance.detach().double() + eps).float()
+    dx = torch.empty_like(x)
+    dresidual = torch.empty_like(x) if of_residual else x.new_empty(0)
+    sums = torch.empty((2, *mean.shape), dtype=torch.float32)
+    bands = -(-pixels // _C.norm_band)
+    partial = torch.empty(0 if planes else images * bands * 2 * channels, dtype=torch.float32)
+    _C.norm_act(
+        backward=True,
+        x=x.data_ptr(),
+        residual=_address(residual),
+        dy=grad.data_ptr(),
+        out=dx.data_ptr(),
+        dresidual=dresidual.data_ptr() if of_residual else 0,
+        dtype=int(x.dtype == torch.bfloat16),
+        planes=planes,
+        images=images,
+        channels=channels,
+        pixels=pixels,
+        over_batch=mean.dim() == 1,
+        frozen=frozen,
+        weight=_address(weight),
+        bias=_address(bias),
+        mean=mean.data_ptr(),
+        rstd=rstd.data_ptr(),
+        dweight=sums[0].data_ptr(),
+        dbias=sums[1].data_ptr(),
+        act=activation_code(act),
+        slope=slope,
+        partial=_address(partial),
+    )
+    if mean.dim() == 2:
+        return dx, sums[0].sum(0), sums[1].sum(0), dresidual
+    return dx, sums[0].clone(), sums[1].clone(), dresidual
+
+
+@_norm_act_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    frozen: bool,
+    eps: float,
+    act: str,
+    slope: float,
+    residual: Tensor | None,
+    of_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = dense(x)
+    dweight, dbias = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(x), dweight, dbias, torch.empty_like(x) if of_residual else x.new_empty(0)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, mean, variance, *ctx.numbers, residual = inputs
+    _, used_mean, used_variance = output
+    ctx.frozen = mean is not None
+    ctx.has_residual = residual is not None
+    ctx.mark_non_differentiable(used_mean, used_variance)
+    ctx.set_materialize_grads(False)
+    kept = residual if ctx.numbers[2] != "none" else None
+    ctx.save_for_backward(x, weight, bias, used_mean, used_variance, kept)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 10
+    x, weight, bias, mean, variance, residual = ctx.saved_tensors
+    over_batch, eps, act, slope = ctx.numbers
+    of_residual = ctx.has_residual and ctx.needs_input_grad[9]
+    if torch.is_grad_enabled():
+        inputs = [x, weight, bias, *([residual] if residual is not None else [])]
+        given_mean, given_variance = (mean, variance) if ctx.frozen else (None, None)
+        y = norm_act_reference(
+            x, weight, bias, given_mean, given_variance, over_batch, eps, act, slope, residual
+        )
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+        given = [next(found) if t is not None and t.requires_grad else None for t in inputs]
+        if of_residual and residual is None:
+            given.append(grad)
+        return *given[:3], *(None,) * 6, given[3] if len(given) > 3 else None
+    dx, dweight, dbias, dresidual = norm_act_backward(
+        grad, x, weight, bias, mean, variance, ctx.frozen, eps, act, slope, residual, of_residual
+    )
+    of_weight = None if weight is None else dweight.to(weight.dtype)
+    of_bias = None if bias is None else dbias.to(bias.dtype)
+    return dx, of_weight, of_bias, *(None,) * 6, dresidual
+
+
+torch.library.register_autograd("p2pfast::norm_act", _backward, setup_context=_setup)
