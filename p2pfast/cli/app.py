@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from p2pfast.cli.errors import reported
+from p2pfast.cli.train import train_app
 
 app = typer.Typer(
     name="p2pfast",
@@ -27,6 +28,9 @@ THREADS_HELP = "Processor threads for the network; 0 takes all cores."
 Dtype = Annotated[str, typer.Option("--dtype", metavar="float32|bfloat16", help=DTYPE_HELP)]
 Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help=DEVICE_HELP)]
 Threads = Annotated[int, typer.Option("--threads", min=0, max=1024, help=THREADS_HELP)]
+
+
+app.add_typer(train_app)
 
 
 def _version(wanted: bool) -> None:

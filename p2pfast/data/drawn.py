@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
+from p2pfast.data.atomic import whole
 from p2pfast.data.scenes import Scene, draw_scene
 
 #: Seeds of training streets start here, away from the ones that demo, tests and pictures of docs draw.
@@ -41,12 +40,6 @@ class DrawnStreets:
         scene = draw_scene(FIRST_SEED + index, self.width, self.width // 2)
         assert scene.photo is not None
         self.folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".p2pfast-", suffix=".tmp", dir=self.folder)
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                np.savez(stream, labels=scene.labels, instances=scene.instances, photo=scene.photo)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with whole(path) as stream:
+            np.savez(stream, labels=scene.labels, instances=scene.instances, photo=scene.photo)
         return scene

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from p2pfast.data.atomic import whole
 from p2pfast.errors import InputError, first_line
 
 #: Pillow widens 2- and 4-bit grey levels to 8 bits; dividing by these gives the stored numbers back.
@@ -99,45 +98,21 @@ def resize_image(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[
 def write_image(path: Path, pixels: NDArray[np.uint8]) -> None:
     """Write (H, W), (H, W, 1) or (H, W, 3) uint8 as PNG or JPEG by extension.
 
-    The file appears under its name only when it is complete: it is written beside it and renamed.
+    The file appears under its name only when it is complete.
     """
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
     image = Image.fromarray(pixels)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".p2pfast-", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            if path.suffix.lower() in (".jpg", ".jpeg"):
-                image.save(stream, "JPEG", quality=95, subsampling=0)
-            else:
-                # Level 3 is four times quicker than the default and a few per cent larger.
-                image.save(stream, "PNG", compress_level=3)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole(path) as stream:
+        if path.suffix.lower() in (".jpg", ".jpeg"):
+            image.save(stream, "JPEG", quality=95, subsampling=0)
+        else:
+            # Level 3 is four times quicker than the default and a few per cent larger.
+            image.save(stream, "PNG", compress_level=3)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text, whole or not at all."""
-    handle, temporary = tempfile.mkstemp(prefix=".p2pfast-", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    # There is no way to read the mask without setting it; see umask(2). Other threads would see the gap, so
-    # it is read once, at import.
-    return _UMASK
-
-
-_UMASK = os.umask(0)
-os.umask(_UMASK)
+    with whole(path) as stream:
+        stream.write(text.encode())

@@ -88,8 +88,9 @@ def _collate(samples: Sequence[Sample | InputError]) -> Sample | InputError:
 
 
 def _quiet(_worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the main one ends the workers.
+    # Ctrl-C reaches every process of the terminal; the main one ends the workers, with SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def load(

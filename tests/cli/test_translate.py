@@ -263,7 +263,7 @@ def test_a_full_disk_stops_the_job(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("p2pfast.data.images.os.replace", full)
+    monkeypatch.setattr("p2pfast.data.atomic.os.replace", full)
     done = run(*street.arguments(label_checkpoint))
     assert done.exit_code == 2 and "No space left on device" in done.output
     assert not leftovers(street.output)
