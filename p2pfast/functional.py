@@ -1,19 +1,391 @@
-"""Operators as functions."""
+"""Operators as functions.
+
+Tensors that the native kernels do not take (other devices and dtypes, dilated or grouped convolutions) go
+through PyTorch, and what PyTorch refuses raises what PyTorch raises.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from p2pfast.ops import autocast, gradients
+from p2pfast.ops.conv.activation import activate, activation_code
+from p2pfast.ops.conv.op import PADDING_MODES, conv
 from p2pfast.ops.image_uint8.op import image_uint8
 from p2pfast.ops.image_uint8.reference import image_uint8_reference
 from p2pfast.ops.instance_edges.op import instance_edges
+from p2pfast.ops.norm.op import instance_norm_act as _norm
 
 gradients.register()
 autocast.register()
 
-__all__ = ["image_to_uint8", "instance_edges"]
+__all__ = ["conv_norm_act", "image_to_uint8", "instance_edges", "instance_norm_act", "up_conv_norm_act"]
+
+NORMS = ("instance", "batch", None)
+_DTYPES = (torch.float32, torch.bfloat16)
+_LARGEST_KERNEL = 16
+_LARGEST_UP_STRIDE = 4
+
+Size = int | tuple[int, int]
+
+
+def _pair(value: Size) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _is_image(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in _DTYPES and x.dim() == 4 and x.numel() > 0
+
+
+def _check_choice(name: str, value: object, known: tuple[object, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(str, known))}")
+
+
+def _slope(activation: str | None, negative_slope: float, alpha: float) -> tuple[str, float]:
+    """An activation's name for the kernels and its number."""
+    act = activation or "none"
+    activation_code(act, "activation")
+    return act, negative_slope if act == "leaky_relu" else alpha if act == "elu" else 0.0
+
+
+def _convolved(
+    x: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    padding: Size,
+    output_padding: Size,
+    padding_mode: str,
+    dilation: Size,
+    groups: int,
+    transposed: bool,
+    act: str,
+    slope: float,
+) -> Tensor:
+    sources = [x] if isinstance(x, Tensor) else list(x)
+    strides, pads, extra = _pair(stride), _pair(padding), _pair(output_padding)
+    kernel = weight.shape[2:]
+    native = (
+        len(sources) <= 2
+        and all(_is_image(t) for t in sources)
+        and all(t.dtype == sources[0].dtype and t.shape[2:] == sources[0].shape[2:] for t in sources)
+        and weight.device.type == "cpu"
+        and (weight.dtype == sources[0].dtype or torch.is_autocast_enabled("cpu"))
+        and weight.dtype in _DTYPES
+        and weight.dim() == 4
+        and sum(t.shape[1] for t in sources) == weight.shape[0 if transposed else 1]
+        and groups == 1
+        and _pair(dilation) == (1, 1)
+        and strides[0] == strides[1]
+        and pads[0] == pads[1]
+        and extra[0] == extra[1]
+        and padding_mode in PADDING_MODES
+        and max(kernel) <= _LARGEST_KERNEL
+        and not (transposed and (strides[0] > _LARGEST_UP_STRIDE or pads[0] >= min(kernel)))
+        and (transposed or min(sources[0].shape[2:]) + 2 * pads[0] >= max(kernel))
+        and not (padding_mode == "reflect" and pads[0] >= min(sources[0].shape[2:]))
+    )
+    if native:
+        return conv(
+            sources,
+            weight,
+            bias,
+            strides[0],
+            pads[0],
+            extra[0],
+            transposed,
+            padding_mode,
+            act=act,
+            slope=slope,
+        )
+    joined = sources[0] if len(sources) == 1 else torch.cat(sources, 1)
+    if transposed:
+        y = F.conv_transpose2d(joined, weight, bias, strides, pads, extra, groups, _pair(dilation))
+    else:
+        if padding_mode != "zeros" and pads != (0, 0):
+            joined = F.pad(joined, [pads[1], pads[1], pads[0], pads[0]], mode=padding_mode)
+            pads = (0, 0)
+        y = F.conv2d(joined, weight, bias, strides, pads, _pair(dilation), groups)
+    return activate(y, act, slope)
+
+
+@torch.no_grad()
+def _update_running(
+    x: Tensor, over_batch: bool, mean: Tensor | None, variance: Tensor | None, momentum: float
+) -> None:
+    """Running statistics as PyTorch's norms update them: with the unbiased variance, instances averaged."""
+    if mean is None or variance is None:
+        return
+    dims = (0, 2, 3) if over_batch else (2, 3)
+    new_variance, new_mean = torch.var_mean(x.detach().float(), dims)
+    if not over_batch:
+        new_variance, new_mean = new_variance.mean(0), new_mean.mean(0)
+    mean.lerp_(new_mean.to(mean.dtype), momentum)
+    variance.lerp_(new_variance.to(variance.dtype), momentum)
+
+
+def _normalised(
+    x: Tensor,
+    norm: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    act: str,
+    slope: float,
+    residual: Tensor | None,
+) -> Tensor:
+    over_batch = norm == "batch"
+    values = x.shape[2:].numel() * (x.shape[0] if over_batch else 1)
+    frozen = not use_input_stats
+    parameters = (weight, bias, running_mean, running_var)
+    native = (
+        _is_image(x)
+        and (values > 1 or frozen)
+        and not (frozen and (running_mean is None or running_var is None))
+        and all(t is None or (t.device.type == "cpu" and t.shape == (x.shape[1],)) for t in parameters)
+        and (residual is None or (_is_image(residual) and residual.shape == x.shape))
+    )
+    if native:
+        if not frozen:
+            _update_running(x, over_batch, running_mean, running_var, momentum)
+        if residual is not None and residual.dtype != x.dtype:
+            residual = residual.to(x.dtype)
+        stored = (running_mean, running_var) if frozen else (None, None)
+        result: Tensor = _norm(x, weight, bias, *stored, over_batch, eps, act, slope, residual)
+        return result
+    if over_batch:
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    else:
+        y = F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return activate(y if residual is None else y + residual, act, slope)
+
+
+def instance_norm_act(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    norm: str = "instance",
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    alpha: float = 1.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``act(norm(x) + residual)`` with two reads and one write of ``x``; statistics in float32.
+
+    Instance normalisation as in Ulyanov et al. 2016 (arXiv:1607.08022), batch normalisation as in Ioffe and
+    Szegedy 2015 (arXiv:1502.03167).
+
+    Args:
+        x: (N, C, H, W), any floating-point dtype; float32 and bfloat16 on the CPU run natively.
+        weight, bias: (C,), the affine parameters, or None.
+        running_mean, running_var: (C,), updated in place with ``use_input_stats``, used without; or None.
+        norm: ``"instance"`` or ``"batch"``.
+        use_input_stats: normalise by x's own statistics instead of the running ones.
+        momentum: share of the new statistics in an update of the running ones.
+        eps: added to the variance.
+        activation: None, ``"relu"``, ``"leaky_relu"``, ``"tanh"``, ``"sigmoid"``, ``"elu"``, ``"silu"`` or
+            ``"gelu"``.
+        negative_slope: of ``"leaky_relu"``.
+        alpha: of ``"elu"``.
+        residual: (N, C, H, W), added before the activation; or None.
+
+    Returns:
+        (N, C, H, W) of x's dtype; channels_last if a native kernel made it.
+
+    Raises:
+        ValueError: an unknown ``norm`` or ``activation``, or one value a channel to take statistics of.
+        RuntimeError: shapes that do not fit, as PyTorch raises them.
+    """
+    _check_choice("norm", norm, NORMS[:2])
+    act, slope = _slope(activation, negative_slope, alpha)
+    return _normalised(
+        x,
+        norm,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        use_input_stats,
+        momentum,
+        eps,
+        act,
+        slope,
+        residual,
+    )
+
+
+def conv_norm_act(
+    x: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    padding_mode: str = "zeros",
+    norm: str | None = "instance",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = "relu",
+    negative_slope: float = 0.01,
+    alpha: float = 1.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``act(norm(conv2d(pad(x), weight, bias)) + residual)``, the step that image-to-image networks repeat.
+
+    Padding is done by index as the convolution reads, never by a copy. Forward and backward, also twice.
+
+    Args:
+        x: (N, C, H, W); or two such tensors, used as if concatenated along the channels (a U-Net's skip).
+        weight: (Cout, C / groups, Kh, Kw). bias: (Cout,) or None.
+        stride, padding, dilation, groups: as for ``torch.nn.functional.conv2d``.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+        norm: ``"instance"``, ``"batch"`` or None.
+        norm_weight, norm_bias, running_mean, running_var, use_input_stats, momentum, eps, activation,
+            negative_slope, alpha, residual: as for :func:`instance_norm_act`, of Cout channels.
+
+    Float32 and bfloat16 on the CPU run natively unless the convolution is dilated, grouped, padded circularly
+    or unevenly, or has a kernel above 16.
+
+    Returns:
+        (N, Cout, H', W') of x's dtype; channels_last if a native kernel made it.
+
+    Raises:
+        ValueError: an unknown ``norm``, ``activation`` or ``padding_mode``.
+        RuntimeError: shapes or dtypes that do not fit, as PyTorch raises them.
+    """
+    _check_choice("padding_mode", padding_mode, (*PADDING_MODES, "circular"))
+    convolve = partial(
+        _convolved,
+        x,
+        weight,
+        bias,
+        stride,
+        padding,
+        output_padding=0,
+        padding_mode=padding_mode,
+        dilation=dilation,
+        groups=groups,
+        transposed=False,
+    )
+    normalise = partial(
+        _normalised,
+        weight=norm_weight,
+        bias=norm_bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        use_input_stats=use_input_stats,
+        momentum=momentum,
+        eps=eps,
+    )
+    return _chain(convolve, norm, normalise, *_slope(activation, negative_slope, alpha), residual)
+
+
+def up_conv_norm_act(
+    x: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+    *,
+    norm: str | None = "instance",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = "relu",
+    negative_slope: float = 0.01,
+    alpha: float = 1.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``act(norm(conv_transpose2d(x, weight, bias)) + residual)``: the step that makes images larger.
+
+    A transposed convolution is done as one ordinary convolution for each phase of its output, without the
+    multiplications by inserted zeros. Forward and backward, also twice.
+
+    Args:
+        x: (N, C, H, W); or two such tensors, used as if concatenated along the channels.
+        weight: (C, Cout / groups, Kh, Kw). bias: (Cout,) or None.
+        stride, padding, output_padding, groups, dilation: as for ``torch.nn.functional.conv_transpose2d``.
+        norm and the rest: as for :func:`conv_norm_act`.
+
+    Returns:
+        (N, Cout, H', W') of x's dtype; channels_last if a native kernel made it.
+
+    Raises:
+        ValueError: an unknown ``norm`` or ``activation``.
+        RuntimeError: shapes or dtypes that do not fit, as PyTorch raises them.
+    """
+    convolve = partial(
+        _convolved,
+        x,
+        weight,
+        bias,
+        stride,
+        padding,
+        output_padding=output_padding,
+        padding_mode="zeros",
+        dilation=dilation,
+        groups=groups,
+        transposed=True,
+    )
+    normalise = partial(
+        _normalised,
+        weight=norm_weight,
+        bias=norm_bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        use_input_stats=use_input_stats,
+        momentum=momentum,
+        eps=eps,
+    )
+    return _chain(convolve, norm, normalise, *_slope(activation, negative_slope, alpha), residual)
+
+
+def _chain(
+    convolve: Callable[..., Tensor],
+    norm: str | None,
+    normalise: Callable[..., Tensor],
+    act: str,
+    slope: float,
+    residual: Tensor | None,
+) -> Tensor:
+    """The convolution, and the norm where there is one; whichever is last takes the activation."""
+    _check_choice("norm", norm, NORMS)
+    if norm is not None:
+        y = convolve(act="none", slope=0.0)
+        return normalise(y, norm, act=act, slope=slope, residual=residual)
+    if residual is not None:
+        return activate(convolve(act="none", slope=0.0) + residual, act, slope)
+    return convolve(act=act, slope=slope)
 
 
 def image_to_uint8(image: Tensor, tanh: bool = False) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from p2pfast.nn.blocks import ConvNormAct2d, InstanceNormAct2d, UpConvNormAct2d
 from p2pfast.nn.losses import (
     CycleLoss,
     FeatureMatchingLoss,
@@ -13,15 +14,23 @@ from p2pfast.nn.losses import (
     TotalVariationLoss,
     gradient_penalty,
 )
+from p2pfast.nn.networks import PatchDiscriminator, ResidualBlock
+from p2pfast.nn.sequence import FusedSequential
 
 __all__ = [
+    "ConvNormAct2d",
     "CycleLoss",
     "FeatureMatchingLoss",
+    "FusedSequential",
     "GANLoss",
     "IdentityLoss",
+    "InstanceNormAct2d",
     "L1Loss",
     "L2Loss",
+    "PatchDiscriminator",
     "PerceptualLoss",
+    "ResidualBlock",
     "TotalVariationLoss",
+    "UpConvNormAct2d",
     "gradient_penalty",
 ]
