@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from p2pfast.ops.conv.activation import activate, activation_code
+from p2pfast.ops.conv.op import PADDING_MODES
+from p2pfast.ops.conv_norm_act import convolution
+from p2pfast.ops.conv_norm_act.convolution import Geometry
+from p2pfast.ops.conv_norm_act.pad import padded
+from p2pfast.ops.conv_norm_act.reference import conv_norm_act_reference, update_running
+from p2pfast.ops.gradients import activation_gradient, from_output
+from p2pfast.ops.norm_act.op import dense, is_native, norm_act, norm_act_backward
+
+NORMS = ("none", "instance", "batch")
+
+
+@dataclass
+class Recipe:
+    """How a layer's output is made again from what its own backward pass keeps."""
+
+    kept: tuple[Tensor | None, ...]  # raw, mean, variance, norm weight, norm bias
+    eps: float
+    act: str
+    slope: float
+    version: int  # of the output it describes
+
+    def make(self, kept: tuple[Tensor | None, ...]) -> Tensor:
+        raw, mean, variance, weight, bias = kept
+        assert raw is not None
+        return norm_act(raw, weight, bias, mean, variance, False, self.eps, self.act, self.slope)[0]
+
+
+_keeping = False
+
+
+@contextlib.contextmanager
+def keep_inputs() -> Iterator[None]:
+    """Within it, layers keep their inputs instead of making them again, as a second derivative needs them."""
+    global _keeping
+    before, _keeping = _keeping, True
+    try:
+        yield
+    finally:
+        _keeping = before
+
+
+@dataclass
+class _Options:
+    geometry: Geometry
+    norm: str
+    eps: float
+    frozen: bool
+    act: str
+    slope: float
+
+    def reference(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor | None,
+        variance: Tensor | None,
+    ) -> Tensor:
+        g = self.geometry
+        return conv_norm_act_reference(
+            x,
+            weight,
+            bias,
+            stride=g.stride,
+            padding=g.padding,
+            output_padding=g.output_padding,
+            transposed=g.transposed,
+            padding_mode=g.padding_mode,
+            norm=self.norm,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            running_mean=mean,
+            running_var=variance,
+            use_running=self.frozen,
+            eps=self.eps,
+            act=self.act,
+            slope=self.slope,
+            residual=residual,
+        )
+
+
+def conv_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    output_padding: int = 0,
+    transposed: bool = False,
+    padding_mode: str = "zeros",
+    norm: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    momentum: float = 0.1,
+    use_running: bool = False,
+    eps: float = 1e-5,
+    act: str = "none",
+    slope: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """A layer for training: ``act(norm(conv(pad(x), weight) + bias) + residual)``.
+
+    Kept for the backward pass are the raw convolution output and the statistics. The input is not, where it
+    came out of a layer like this one: it is made again from what that layer keeps. float32 and bfloat16 on
+    the CPU; other dtypes, devices and gelu, and everything under torch.compile, run the same through
+    PyTorch's autograd. Under autocast the convolution's operands are lowered, statistics stay float32.
+
+    Args:
+        x: (N, C, H, W); the result has its memory format. channels_last lets 3×3 and 4×4 layers use the
+            native minimal-filtering kernels where these measure faster.
+        weight: (Cout, C, Kh, Kw), (C, Cout, Kh, Kw) if transposed.
+        bias: (Cout,) or None.
+        stride, padding, output_padding, transposed, padding_mode: as for ``p2pfast.ops.conv.conv``.
+        norm: ``"none"``, ``"instance"`` or ``"batch"``.
+        norm_weight, norm_bias: the norm's affine parameters (Cout,), or None.
+        running_mean, running_var: (Cout,), or None; updated with ``momentum`` unless ``use_running``.
+        use_running: normalise with them, as a norm in eval mode does.
+        eps: the norm's.
+        act, slope: as for ``p2pfast.ops.conv.conv``.
+        residual: like the result, added before the activation; or None.
+
+    Returns:
+        (N, Cout, H', W'). A second derivative (``create_graph=True``) needs the forward pass to be run within
+        ``keep_inputs()``.
+
+    Raises:
+        TypeError: a dtype that is not floating point.
+        ValueError: an unknown name, shapes that do not fit, running statistics that are missing.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}; choose one of {', '.join(NORMS)}")
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(f"padding_mode is {padding_mode!r}; choose one of {', '.join(PADDING_MODES)}")
+    if transposed and padding_mode != "zeros":
+        raise ValueError(f"padding_mode is {padding_mode!r}; a transposed convolution has only 'zeros'")
+    if use_running and (norm == "none" or running_mean is None or running_var is None):
+        raise ValueError("use_running is True; it needs a norm, running_mean and running_var")
+    if x.dim() != 4 or x.numel() == 0:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; a filled (images, channels, height, width) is expected"
+        )
+    activation_code(act)
+    geometry = Geometry(stride, padding, output_padding, transposed, padding_mode)
+    options = _Options(geometry, norm, eps, use_running, act, slope)
+    statistics = (running_mean, running_var) if use_running else (None, None)
+
+    lowered = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    recipe = _recipe_of(x)
+    fused = is_native(x, act) and lowered in (torch.float32, torch.bfloat16)
+    if torch.compiler.is_compiling() or not fused:
+        y, mean, variance = _composed(x, weight, bias, norm_weight, norm_bias, residual, statistics, options)
+    else:
+        with torch.autocast("cpu", enabled=False):
+            source = x.to(lowered)
+            if source is not x:
+                recipe = None
+            y, raw, mean, variance = _ConvNormAct.apply(
+                source,
+                weight.to(lowered),
+                None if bias is None else bias.to(lowered),
+                norm_weight,
+                norm_bias,
+                None if residual is None else residual.to(lowered),
+                *statistics,
+                options,
+                recipe,
+            )
+        if norm != "none" and residual is None and y.requires_grad:
+            kept = (raw, mean, variance, norm_weight, norm_bias)
+            y._p2pfast_recipe = Recipe(kept, eps, act, slope, y._version)
+    if norm != "none" and not use_running and running_mean is not None and running_var is not None:
+        values = y.shape[2:].numel() * (y.shape[0] if norm == "batch" else 1)
+        update_running(running_mean, running_var, mean, variance, values, momentum)
+    return y
+
+
+def _recipe_of(x: Tensor) -> Recipe | None:
+    recipe = getattr(x, "_p2pfast_recipe", None)
+    if recipe is None or _keeping or recipe.version != x._version:
+        return None
+    found: Recipe = recipe
+    return found
+
+
+def _composed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    statistics: tuple[Tensor | None, Tensor | None],
+    options: _Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of differentiable parts."""
+    g = options.geometry
+    source = padded(x, g.padding, g.padding_mode)
+    two = [g.stride] * 2
+    if g.transposed:
+        raw = torch.conv_transpose2d(source, weight, bias, two, [g.zeros] * 2, [g.output_padding] * 2)
+    else:
+        raw = torch.conv2d(source, weight, bias, two, [g.zeros] * 2)
+    if residual is not None:
+        residual = residual.to(raw.dtype)
+    if options.norm == "none":
+        nothing = raw.new_empty(0)
+        return (
+            activate(raw if residual is None else raw + residual, options.act, options.slope),
+            nothing,
+            nothing,
+        )
+    over_batch = options.norm == "batch"
+    affine = norm_weight, norm_bias
+    return norm_act(raw, *affine, *statistics, over_batch, options.eps, options.act, options.slope, residual)
+
+
+class _ConvNormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        options: _Options,
+        recipe: Recipe | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        raw = convolution.forward(dense(x), weight, bias, options.geometry)
+        act, slope = options.act, options.slope
+        nothing = raw.new_empty(0)
+        kept: Tensor | None
+        if options.norm == "none":
+            value = raw if residual is None else raw.add_(residual)
+            y = activate(value, act, slope)
+            # What the activation's derivative is told from.
+            kept = None if act == "none" else y if from_output(act, slope) else value
+            raw, mean, variance = nothing, nothing.clone(), nothing.clone()
+        else:
+            y, mean, variance = norm_act(
+                raw,
+                norm_weight,
+                norm_bias,
+                running_mean,
+                running_var,
+                options.norm == "batch",
+                options.eps,
+                act,
+                slope,
+                residual,
+            )
+            kept = raw
+        ctx.options = options
+        ctx.recipe = recipe
+        ctx.size = x.shape
+        ctx.has_residual = residual is not None
+        ctx.mark_non_differentiable(raw, mean, variance)
+        ctx.set_materialize_grads(False)
+        inputs = (x,) if recipe is None else recipe.kept
+        for_act = residual if act != "none" else None
+        ctx.save_for_backward(weight, bias, norm_weight, norm_bias, for_act, kept, mean, variance, *inputs)
+        return y, raw, mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * 10
+        if torch.is_grad_enabled():
+            return _differentiable_backward(ctx, grad)
+        weight, bias, norm_weight, norm_bias, residual, kept, mean, variance, *inputs = ctx.saved_tensors
+        options: _Options = ctx.options
+        needs = ctx.needs_input_grad
+        act, slope = options.act, options.slope
+        of_norm_weight = of_norm_bias = of_residual = None
+        if options.norm == "none":
+            if act != "none":
+                grad = activation_gradient(grad, kept, act, slope, from_output(act, slope))
+            of_raw = grad
+            of_residual = grad if ctx.has_residual else None
+        else:
+            of_raw, dweight, dbias, of_residual = norm_act_backward(
+                grad,
+                kept,
+                norm_weight,
+                norm_bias,
+                mean,
+                variance,
+                options.frozen,
+                options.eps,
+                act,
+                slope,
+                residual,
+                ctx.has_residual and needs[5],
+            )
+            of_norm_weight = None if norm_weight is None else dweight.to(norm_weight.dtype)
+            of_norm_bias = None if norm_bias is None else dbias.to(norm_bias.dtype)
+        of_raw = dense(of_raw)
+        of_bias = of_weight = of_x = None
+        if needs[2]:
+            # A norm on its own statistics takes out whatever was added to a whole channel.
+            own = options.norm != "none" and not options.frozen
+            of_bias = of_raw.new_zeros(of_raw.shape[1]) if own else of_raw.float().sum((0, 2, 3))
+            of_bias = of_bias.to(bias.dtype)
+        if needs[1]:
+            x = inputs[0] if ctx.recipe is None else ctx.recipe.make(tuple(inputs))
+            of_weight = convolution.weight_gradient(of_raw, dense(x), weight, options.geometry)
+        if needs[0]:
+            of_x = convolution.data_gradient(of_raw, ctx.size, weight, options.geometry)
+        return of_x, of_weight, of_bias, of_norm_weight, of_norm_bias, of_residual, None, None, None, None
+
+
+def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Through PyTorch's autograd, so that it can be differentiated again."""
+    if ctx.recipe is not None:
+        raise RuntimeError(
+            "create_graph=True reached a conv_norm_act layer that did not keep its input; run the forward "
+            "pass within p2pfast.ops.conv_norm_act.keep_inputs()"
+        )
+    weight, bias, norm_weight, norm_bias, residual, _, mean, variance, x = ctx.saved_tensors
+    inputs = [x, weight, bias, norm_weight, norm_bias, residual]
+    with torch.autocast("cpu", enabled=False):
+        y = ctx.options.reference(*inputs, mean, variance)
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
+    gradients = [next(found) if t is not None and t.requires_grad else None for t in inputs]
+    if ctx.has_residual and residual is None:
+        gradients[5] = grad
+    return *gradients, None, None, None, None

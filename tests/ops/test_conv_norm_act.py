@@ -1,0 +1,255 @@
+"""The training layer: values, gradients, what is kept, against the reference in float64."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from p2pfast.ops.conv_norm_act import conv_norm_act, conv_norm_act_reference, convolution, keep_inputs
+from p2pfast.ops.conv_norm_act.pad import padded, unpadded
+
+FORMATS = [torch.contiguous_format, torch.channels_last]
+LAYERS: list[tuple[int, int, int, dict[str, Any]]] = [
+    # inputs, outputs, kernel
+    (5, 7, 7, {"padding": 3, "padding_mode": "reflect", "norm": "instance", "act": "relu"}),
+    (18, 20, 3, {"padding": 1, "padding_mode": "reflect", "norm": "instance", "act": "relu"}),
+    (18, 20, 3, {"padding": 1, "padding_mode": "replicate", "norm": "batch", "act": "relu"}),
+    (18, 20, 3, {"padding": 1, "norm": "instance", "residual": True}),
+    (18, 20, 3, {"padding": 1, "norm": "batch", "residual": True, "act": "leaky_relu", "slope": 0.2}),
+    (18, 20, 3, {"stride": 2, "padding": 1, "norm": "instance", "affine": True, "act": "relu"}),
+    (
+        18,
+        20,
+        4,
+        {"stride": 2, "padding": 1, "norm": "batch", "affine": True, "act": "leaky_relu", "slope": 0.2},
+    ),
+    (18, 20, 4, {"stride": 2, "padding": 2, "act": "leaky_relu", "slope": 0.2}),
+    (18, 20, 4, {"stride": 1, "padding": 2, "act": "silu", "residual": True}),
+    (18, 20, 3, {"stride": 2, "padding": 1, "output_padding": 1, "transposed": True, "norm": "instance"}),
+    (
+        18,
+        20,
+        4,
+        {"stride": 2, "padding": 1, "transposed": True, "norm": "batch", "affine": True, "act": "tanh"},
+    ),
+    (18, 3, 7, {"padding": 3, "padding_mode": "reflect", "act": "tanh"}),
+    (18, 20, 3, {"padding": 1, "norm": "batch", "running": True, "affine": True, "act": "relu"}),
+    (4, 6, 1, {"norm": "instance", "act": "gelu"}),
+]
+
+
+def layer(number: int, memory_format: torch.memory_format) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors with gradients, and the other arguments."""
+    inputs, outputs, kernel, options = LAYERS[number]
+    options = dict(options)
+    affine, residual, running = (options.pop(k, False) for k in ("affine", "residual", "running"))
+    sides = (inputs, outputs) if options.get("transposed") else (outputs, inputs)
+    tensors = {
+        "x": (torch.randn(2, inputs, 12, 15) + 1).contiguous(memory_format=memory_format),
+        "weight": torch.randn(*sides, kernel, kernel) / (inputs * kernel**2) ** 0.5,
+        "bias": torch.randn(outputs),
+    }
+    if affine:
+        tensors |= {"norm_weight": torch.rand(outputs) + 0.5, "norm_bias": torch.randn(outputs)}
+    if residual:
+        shape = conv_norm_act_reference(**tensors, **options).shape
+        tensors["residual"] = torch.randn(shape).contiguous(memory_format=memory_format)
+    if running:
+        options |= {
+            "running_mean": torch.randn(outputs),
+            "running_var": torch.rand(outputs) + 0.5,
+            "use_running": True,
+        }
+    return tensors, options
+
+
+def run(
+    function: Any,
+    tensors: dict[str, Tensor],
+    options: dict[str, Any],
+    grad: Tensor | None,
+    dtype: torch.dtype,
+) -> Any:
+    inputs = {k: v.to(dtype).detach().requires_grad_() for k, v in tensors.items()}
+    y = function(**inputs, **options)
+    grad = torch.ones_like(y) if grad is None else grad.to(dtype)
+    return y, dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), grad), strict=True))
+
+
+@pytest.mark.parametrize("tuned", ["library", "native"])
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("number", range(len(LAYERS)))
+def test_value_and_gradients(
+    number: int, memory_format: torch.memory_format, tuned: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every convolution by the library, and by the native kernels where they fit."""
+
+    def choose(key: object, library: Any, native: Any) -> Tensor:
+        result: Tensor = native() if tuned == "native" else library()
+        return result
+
+    monkeypatch.setattr(convolution, "_faster", choose)
+    tensors, options = layer(number, memory_format)
+    exact_y, _ = run(conv_norm_act_reference, tensors, options, None, torch.float64)
+    grad = torch.randn(exact_y.shape, dtype=torch.float64)
+    exact_y, exact = run(conv_norm_act_reference, tensors, options, grad, torch.float64)
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 4e-2)):
+        y, got = run(conv_norm_act, tensors, options, grad, dtype)
+        assert y.dtype == dtype and y.is_contiguous(memory_format=memory_format)
+        assert (y.double() - exact_y).abs().max() <= tolerance * exact_y.abs().max()
+        for name, expected in exact.items():
+            # Against the size of a weight's gradient: a bias before a norm has none but rounding.
+            size = expected.norm() if name != "bias" else exact["weight"].norm()
+            error = (got[name].double() - expected).norm()
+            assert got[name].shape == expected.shape and error <= 2 * tolerance * size, (
+                name,
+                float(error / size),
+            )
+
+
+def test_what_is_kept() -> None:
+    """A chain keeps its first input and every raw output; not what passes from layer to layer."""
+    weights = [torch.randn(8, 8, 3, 3, requires_grad=True) for _ in range(3)]
+    x = torch.randn(1, 8, 16, 16)
+    kept: dict[int, int] = {}
+
+    def note(t: Tensor) -> Tensor:
+        if t.numel() >= x.numel():
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        y = x
+        for w in weights:
+            y = conv_norm_act(y, w, padding=1, padding_mode="reflect", norm="instance", act="relu")
+    assert sum(kept.values()) == 4 * x.nbytes
+    y.square().sum().backward()
+    reference = x
+    copies = [w.detach().clone().requires_grad_() for w in weights]
+    for w in copies:
+        options = {"padding": 1, "padding_mode": "reflect", "norm": "instance", "act": "relu"}
+        reference = conv_norm_act_reference(reference, w, **options)
+    reference.square().sum().backward()
+    for w, c in zip(weights, copies, strict=True):
+        torch.testing.assert_close(w.grad, c.grad, rtol=1e-3, atol=1e-2)
+
+
+def test_an_output_changed_in_place_is_kept_itself() -> None:
+    a, b = (torch.randn(4, 4, 3, 3, requires_grad=True) for _ in range(2))
+    x = torch.randn(1, 4, 8, 8)
+    found = []
+    for function in (conv_norm_act, conv_norm_act_reference):
+        y = function(x, a, padding=1, norm="instance")
+        y.mul_(torch.linspace(0, 1, 8))
+        found.append(
+            torch.autograd.grad(function(y, b, padding=1, norm="instance", act="tanh").sum(), (a, b))
+        )
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_running_statistics(norm: str) -> None:
+    module = (nn.BatchNorm2d if norm == "batch" else nn.InstanceNorm2d)(
+        6, affine=True, track_running_stats=True
+    )
+    x, weight = torch.randn(3, 4, 7, 9), torch.randn(6, 4, 3, 3)
+    expected = module(nn.functional.conv2d(x, weight))
+    mean, var = torch.zeros(6), torch.ones(6)
+    y = conv_norm_act(x, weight, norm=norm, running_mean=mean, running_var=var)
+    torch.testing.assert_close(y, expected.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mean, module.running_mean)
+    torch.testing.assert_close(var, module.running_var)
+
+
+def test_autocast() -> None:
+    tensors, options = layer(1, torch.contiguous_format)
+    inputs = {k: v.requires_grad_() for k, v in tensors.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = conv_norm_act(**inputs, **options)
+    assert y.dtype == torch.bfloat16
+    exact_y, exact = run(conv_norm_act_reference, tensors, options, None, torch.float64)
+    assert (y.double() - exact_y).abs().max() < 4e-2 * exact_y.abs().max()
+    got = torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y))
+    assert all(g.dtype == torch.float32 for g in got)
+    with torch.autocast("cpu", dtype=torch.float16):
+        y = conv_norm_act(**inputs, **options)
+    assert y.dtype == torch.float16
+    assert (y.double() - exact_y).abs().max() < 1e-2 * exact_y.abs().max()
+
+
+@pytest.mark.parametrize("number", [1, 3, 4, 6, 8, 9])
+def test_gradcheck_of_the_reference(number: int) -> None:
+    tensors, options = layer(number, torch.contiguous_format)
+    small = {k: v.double()[..., :4, :4] if k in ("x", "weight") else v.double() for k, v in tensors.items()}
+    small = {k: v[:2] if k == "x" else v for k, v in small.items() if k != "residual"}
+    for i in (0, 1):
+        small["weight"] = small["weight"].narrow(i, 0, 3)
+    small["x"] = small["x"][:, :3].detach()
+    small = {k: v[:3] if v.dim() == 1 else v for k, v in small.items()}
+    names = list(small)
+    values = [v.detach().clone().requires_grad_() for v in small.values()]
+    options["act"] = "tanh"
+    torch.autograd.gradcheck(
+        lambda *v: conv_norm_act(**dict(zip(names, v, strict=True)), **options), values, fast_mode=True
+    )
+
+
+def test_double_backward() -> None:
+    """A gradient penalty through two layers, and the error where the input was not kept."""
+    tensors, options = layer(7, torch.contiguous_format)
+    second = torch.randn(6, 20, 3, 3, requires_grad=True)
+    inputs = {k: v.requires_grad_() for k, v in tensors.items()}
+    found = []
+    for function in (conv_norm_act, conv_norm_act_reference):
+        with keep_inputs():
+            y = function(**inputs, **options, norm="instance")
+            y = function(y, second, norm="instance", act="leaky_relu", slope=0.2)
+        (first,) = torch.autograd.grad((y**2).sum(), inputs["x"], create_graph=True)
+        penalty = (first.flatten(1).norm(dim=1) - 1).square().mean()
+        found.append(torch.autograd.grad(penalty, (inputs["x"], inputs["weight"], second)))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+    y = conv_norm_act(conv_norm_act(**inputs, **options, norm="instance"), second, norm="instance")
+    with pytest.raises(RuntimeError, match="keep_inputs"):
+        torch.autograd.grad(y.sum(), inputs["x"], create_graph=True)
+
+
+def test_under_a_compiler() -> None:
+    tensors, options = layer(1, torch.contiguous_format)
+    inputs = {k: v.requires_grad_() for k, v in tensors.items()}
+    compiled = torch.compile(lambda v: conv_norm_act(**v, **options), backend="aot_eager", fullgraph=True)
+    grad = torch.randn(2, 20, 12, 15)
+    names = ["x", "weight"]
+    got = torch.autograd.grad(compiled(inputs), [inputs[n] for n in names], grad)
+    want = torch.autograd.grad(conv_norm_act(**inputs, **options), [inputs[n] for n in names], grad)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate"])
+def test_gradient_of_padding(mode: str) -> None:
+    for padding, size in itertools.product((1, 2, 3), ((4, 5), (4, 9), (12, 6))):
+        x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+        y = padded(x, padding, mode)
+        grad = torch.randn_like(y)
+        (expected,) = torch.autograd.grad(y, x, grad)
+        torch.testing.assert_close(unpadded(grad.clone(), padding, mode), expected)
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"norm": "group"}, "norm is 'group'"),
+    ({"padding_mode": "circular"}, "padding_mode is 'circular'"),
+    ({"padding_mode": "reflect", "transposed": True}, "only 'zeros'"),
+    ({"use_running": True, "norm": "batch"}, "use_running is True"),
+    ({"x": torch.zeros(0, 4, 5, 5)}, "x has shape"),
+    ({"act": "mish"}, "act is 'mish'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[b[1] for b in BAD])
+def test_bad_arguments(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        conv_norm_act(**{"x": torch.zeros(1, 4, 5, 5), "weight": torch.zeros(4, 4, 3, 3), **change})
