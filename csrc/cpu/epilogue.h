@@ -7,6 +7,8 @@
 
 namespace p2pfast::P2PFAST_LEVEL {
 
+inline constexpr int64_t kStreamedBytes = int64_t{16} << 20;
+
 inline int stats_stride(const ConvArgs& args) { return static_cast<int>(round_up(args.out_channels, 16)); }
 
 // Sums of one vector of channels, shifted by the first value seen: free of the cancellation that
@@ -22,6 +24,14 @@ struct Moments {
     sum += d;
     squares += d * d;
     ++count;
+  }
+  // n values at once, summed against `from`, which is the shift unless these are the first.
+  P2PFAST_INLINE void add_sums(Vec from, Vec more, Vec more_squares, int n) {
+    shift = from;
+    sum += more;
+    squares += more_squares;
+    count += n;
+    settle();
   }
   P2PFAST_INLINE void settle() {
     if (count < next) return;
@@ -39,6 +49,12 @@ struct Moments {
   }
 };
 
+// Whether an output is too large to stay in a cache until it is read, and laid out for whole lines.
+inline bool streams(const ConvArgs& args) {
+  const int64_t bytes = 4 * args.images * args.out.image_stride;
+  return bytes > kStreamedBytes && args.out.pixel_stride % 16 == 0 && args.out.row_stride % 16 == 0 &&
+         args.out.image_stride % 16 == 0 && reinterpret_cast<uintptr_t>(args.out.data) % 64 == 0;
+}
 inline float finish_scalar(float v, Act act, float slope) {
   switch (act) {
     case Act::kElu:

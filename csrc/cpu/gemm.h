@@ -10,17 +10,20 @@ namespace p2pfast::P2PFAST_LEVEL {
 inline constexpr int kPanelVectors = kLanes == 16 ? 4 : 2;
 inline constexpr int kPanel = kPanelVectors * kLanes;  // columns of a full panel
 inline constexpr int kMaxRows = 6;
+inline constexpr int kPrefetched = kLanes == 16 ? 2 : 1;  // cache lines for four values of k
 
+// While it computes, the lines from `next` on are brought into the cache, `step` bytes further for each
+// four values of k: weights that are used once come from memory in the meantime.
 template <int kRows, int kVectors>
 __attribute__((noinline)) void gemm_micro(const float* a, int64_t lda, const float* b, float* c, int64_t ldc,
-                                          int k, bool accumulate) {
+                                          int k, bool accumulate, const char* next, int step) {
   Vec acc[kRows][kVectors];
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 16
     for (int n = 0; n < kVectors; ++n) acc[m][n] = accumulate ? load(c + m * ldc + n * kLanes) : Vec{};
   }
-  for (int i = 0; i < k; ++i) {
+  auto advance = [&](int i) {
     Vec row[kVectors];
 #pragma GCC unroll 16
     for (int n = 0; n < kVectors; ++n) row[n] = load(b + n * kLanes);
@@ -31,7 +34,16 @@ __attribute__((noinline)) void gemm_micro(const float* a, int64_t lda, const flo
       for (int n = 0; n < kVectors; ++n) acc[m][n] += x * row[n];
     }
     b += kVectors * kLanes;
+  };
+  int i = 0;
+  for (; i + 4 <= k; i += 4) {
+#pragma GCC unroll 4
+    for (int line = 0; line < kPrefetched; ++line) __builtin_prefetch(next + 64 * line, 0, 2);
+    next += step;
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) advance(i + u);
   }
+  for (; i < k; ++i) advance(i);
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 16
@@ -41,43 +53,48 @@ __attribute__((noinline)) void gemm_micro(const float* a, int64_t lda, const flo
 
 template <int kVectors>
 void gemm_rows(int rows, const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int k,
-               bool accumulate) {
+               bool accumulate, const char* next) {
   constexpr int kFull = kVectors == 3 && kLanes < 16 ? 4 : kMaxRows;
+  // The next panel is as long as this one; each group of rows fetches its share.
+  const int step = kVectors * kLanes * 16 / max2(1, rows / kFull);
   for (; rows >= kFull; rows -= kFull) {
-    gemm_micro<kFull, kVectors>(a, lda, b, c, ldc, k, accumulate);
+    gemm_micro<kFull, kVectors>(a, lda, b, c, ldc, k, accumulate, next, step);
     a += kFull * lda;
     c += kFull * ldc;
+    next += static_cast<int64_t>(step) * (k / 4);
   }
   switch (rows) {
     case 1:
-      return gemm_micro<1, kVectors>(a, lda, b, c, ldc, k, accumulate);
+      return gemm_micro<1, kVectors>(a, lda, b, c, ldc, k, accumulate, next, step);
     case 2:
-      return gemm_micro<2, kVectors>(a, lda, b, c, ldc, k, accumulate);
+      return gemm_micro<2, kVectors>(a, lda, b, c, ldc, k, accumulate, next, step);
     case 3:
-      return gemm_micro<3, kVectors>(a, lda, b, c, ldc, k, accumulate);
+      return gemm_micro<3, kVectors>(a, lda, b, c, ldc, k, accumulate, next, step);
     case 4:
-      if constexpr (kFull > 4) return gemm_micro<4, kVectors>(a, lda, b, c, ldc, k, accumulate);
+      if constexpr (kFull > 4) return gemm_micro<4, kVectors>(a, lda, b, c, ldc, k, accumulate, next, step);
       break;
     case 5:
-      if constexpr (kFull > 4) return gemm_micro<5, kVectors>(a, lda, b, c, ldc, k, accumulate);
+      if constexpr (kFull > 4) return gemm_micro<5, kVectors>(a, lda, b, c, ldc, k, accumulate, next, step);
       break;
     default:
       break;
   }
 }
 
-// One panel of `vectors` * kLanes columns.
+// One panel of `vectors` * kLanes columns; `next` is the panel that will be used after it, if it is not in
+// the cache.
 inline void gemm_panel(int vectors, int rows, const float* a, int64_t lda, const float* b, float* c,
-                       int64_t ldc, int k, bool accumulate) {
+                       int64_t ldc, int k, bool accumulate, const float* next = nullptr) {
+  const char* line = reinterpret_cast<const char*>(next ? next : b);
   switch (vectors) {
     case 1:
-      return gemm_rows<1>(rows, a, lda, b, c, ldc, k, accumulate);
+      return gemm_rows<1>(rows, a, lda, b, c, ldc, k, accumulate, line);
     case 2:
-      return gemm_rows<2>(rows, a, lda, b, c, ldc, k, accumulate);
+      return gemm_rows<2>(rows, a, lda, b, c, ldc, k, accumulate, line);
     case 3:
-      return gemm_rows<3>(rows, a, lda, b, c, ldc, k, accumulate);
+      return gemm_rows<3>(rows, a, lda, b, c, ldc, k, accumulate, line);
     default:
-      if constexpr (kLanes == 16) gemm_rows<4>(rows, a, lda, b, c, ldc, k, accumulate);
+      if constexpr (kLanes == 16) gemm_rows<4>(rows, a, lda, b, c, ldc, k, accumulate, line);
   }
 }
 

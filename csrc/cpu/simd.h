@@ -33,6 +33,27 @@ typedef uint32_t VecW __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
 typedef uint16_t VecHU __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
+// A store that goes to memory without reading the line first, for data too large to be read again from a
+// cache; p is aligned to the vector. finish_streams() orders such stores before what other threads do next.
+P2PFAST_INLINE void stream(float* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  for (int i = 0; i < kLanes; i += 8) {
+    __m256 part;
+    std::memcpy(&part, reinterpret_cast<const float*>(&v) + i, sizeof(part));
+    _mm256_stream_ps(p + i, part);
+  }
+#else
+  store(p, v);
+#endif
+}
+P2PFAST_INLINE void finish_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 using bf16 = uint16_t;  // storage of a bfloat16
 
 P2PFAST_INLINE Vec splat(float x) { return x - (Vec){}; }

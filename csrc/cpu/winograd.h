@@ -145,27 +145,41 @@ struct Winograd {
 
   // --- products --------------------------------------------------------------------------------
 
-  // sums[s][row][column] over `rows` tiles and the `vectors` * kLanes columns of one panel; see kSums2.
-  void multiply(const float* v, int64_t lda, int64_t v_point, int rows, const float* u, int64_t u_point,
-                int depth, int vectors, float* sums, int64_t sum_stride, bool first) const {
+  // sums[s][row][column] over `rows` tiles, panel by panel of `width` columns; see panel_of. The points of
+  // channels [k0, k0 + kDepth) begin at v + k0 / kDepth * v_chunk. A chunk of the points stays in the cache
+  // while all panels use it; the weights pass by once.
+  void multiply(const float* v, int64_t v_chunk, int64_t lda, int64_t v_point, int rows, const float* u,
+                int64_t u_point, int width, float* sums, int64_t sum_stride) const {
 #pragma GCC unroll 1
     for (int i = 0; i < S::kPoints; ++i) {
 #pragma GCC unroll 1
       for (int j = 0; j < S::kPoints; ++j) {
         const int si = S::sum_of(i), sj = S::sum_of(j);
-        const bool fresh = first && si == i && sj == j;
+        const bool fresh = si == i && sj == j;
         const int point = i * S::kPoints + j;
-        gemm_panel(vectors, rows, v + point * v_point, lda, u + point * u_point,
-                   sums + (si * S::kSums + sj) * sum_stride, kPanel, depth, !fresh);
+        const float* weights = u + point * u_point;
+        for (int c = 0; c < width; c += kPanel) {
+          const int vectors = panel_vectors(width - c);
+          float* sum = panel_of(sums, c, sum_stride) + (si * S::kSums + sj) * sum_stride;
+          for (int k0 = 0; k0 < channels; k0 += kDepth) {
+            const int depth = min2(kDepth, channels - k0);
+            const float* now = weights;
+            weights += static_cast<int64_t>(depth) * vectors * kLanes;
+            const bool last = k0 + depth == channels && c + kPanel >= width;
+            const float* next = !last ? weights : point + 1 < kPoints2 ? u + (point + 1) * u_point : now;
+            gemm_panel(vectors, rows, v + k0 / kDepth * v_chunk + point * v_point, lda, now, sum, kPanel,
+                       depth, !fresh || k0 > 0, next);
+          }
+        }
       }
     }
   }
 
   // --- output ----------------------------------------------------------------------------------
 
-  template <class T>
-  void store_tile(int64_t image, int ty, int tx, int c, const float* sums, int64_t sum_stride, Vec bias,
-                  Moments& moments) const {
+  // The output of a tile, before bias: value(y, x, v) for each, row by row.
+  template <class F>
+  static void tile_rows(const float* sums, int64_t sum_stride, F&& value) {
     Vec half[S::kStepOut * S::kSums];
 #pragma GCC unroll 10
     for (int j = 0; j < S::kSums; ++j) {
@@ -174,22 +188,75 @@ struct Winograd {
       for (int i = 0; i < S::kSums; ++i) column[i] = load(sums + (i * S::kSums + j) * sum_stride);
       S::output(column, 1, half + j, S::kSums);
     }
-    const int rows = min2(S::kStepOut, args.out_height - ty * S::kStepOut);
-    const int columns = min2(S::kStepOut, args.out_width - tx * S::kStepOut);
-    T* base = static_cast<T*>(args.out.data) + image * args.out.image_stride +
-              static_cast<int64_t>(ty) * S::kStepOut * args.out.row_stride +
-              static_cast<int64_t>(tx) * S::kStepOut * args.out.pixel_stride;
-    for (int y = 0; y < rows; ++y) {
+#pragma GCC unroll 4
+    for (int y = 0; y < S::kStepOut; ++y) {
       Vec row[S::kStepOut];
       S::output(half + y * S::kSums, 1, row, 1);
-      for (int x = 0; x < columns; ++x) {
-        const Vec value = row[x] + bias;
-        if (args.partial) moments.add(value);
-        put_vector(args, base + y * args.out.row_stride + x * args.out.pixel_stride, c,
-                   finish(value, args.act, args.slope));
+#pragma GCC unroll 4
+      for (int x = 0; x < S::kStepOut; ++x) value(y, x, row[x]);
+    }
+  }
+
+  template <class T>
+  T* tile_at(int64_t image, int ty, int tx) const {
+    return static_cast<T*>(args.out.data) + image * args.out.image_stride +
+           static_cast<int64_t>(ty) * S::kStepOut * args.out.row_stride +
+           static_cast<int64_t>(tx) * S::kStepOut * args.out.pixel_stride;
+  }
+
+  template <class T>
+  void store_tile(int64_t image, int ty, int tx, int c, const float* sums, int64_t sum_stride, Vec bias,
+                  Moments& moments) const {
+    const int rows = args.out_height - ty * S::kStepOut, columns = args.out_width - tx * S::kStepOut;
+    T* base = tile_at<T>(image, ty, tx);
+    tile_rows(sums, sum_stride, [&](int y, int x, Vec v) {
+      if (y >= rows || x >= columns) return;
+      const Vec value = v + bias;
+      if (args.partial) moments.add(value);
+      put_vector(args, base + y * args.out.row_stride + x * args.out.pixel_stride, c,
+                 finish(value, args.act, args.slope));
+    });
+    if (args.partial) moments.settle();
+  }
+
+  // The usual case of a normalised layer: a whole tile without activation, a cache line of channels.
+  static constexpr int kLine = 16 / kLanes;
+  template <class T, bool kStream>
+  void store_line(int64_t image, int ty, int tx, int c, const float* sums, int64_t sum_stride,
+                  const Vec* bias, Moments* moments) const {
+    constexpr int kStep = S::kStepOut;
+    Vec tile[kStep * kStep * kLine];
+#pragma GCC unroll 4
+    for (int v = 0; v < kLine; ++v) {
+      const Vec b = bias[v];
+      Vec shift = moments[v].shift, sum{}, squares{};
+      const bool first = moments[v].count == 0;
+      tile_rows(sums + v * kLanes, sum_stride, [&](int y, int x, Vec raw) {
+        const Vec value = raw + b;
+        if (first && y == 0 && x == 0) shift = value;
+        const Vec d = value - shift;
+        sum += d;
+        squares += d * d;
+        tile[(y * kStep + x) * kLine + v] = value;
+      });
+      moments[v].add_sums(shift, sum, squares, kStep * kStep);
+    }
+    T* base = tile_at<T>(image, ty, tx) + c;
+    for (int y = 0; y < kStep; ++y) {
+      T* to = base + y * args.out.row_stride;
+#pragma GCC unroll 4
+      for (int x = 0; x < kStep; ++x, to += args.out.pixel_stride) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kLine; ++v) {
+          const Vec value = tile[(y * kStep + x) * kLine + v];
+          if constexpr (kStream) {
+            stream(to + v * kLanes, value);
+          } else {
+            store(to + v * kLanes, value);
+          }
+        }
       }
     }
-    if (args.partial) moments.settle();
   }
 
   // Stores tiles [first, first + count) of an image and their statistics as part `part`.
@@ -197,6 +264,9 @@ struct Winograd {
   void store_tiles(int64_t image, int64_t first, int count, int c0, int width, const float* sums,
                    int64_t sum_stride, int64_t part, int64_t parts) const {
     constexpr int kMaxVectors = 16;
+    const bool plain = args.partial && args.act == Act::kNone && args.out.channel_stride == 1 &&
+                       c0 + width <= args.out.pixel_stride;
+    const bool streaming = plain && streams(args);
     for (int g = 0; g < width; g += kMaxVectors * kLanes) {
       const int vectors = min2(kMaxVectors, (width - g) / kLanes);
       Moments moments[kMaxVectors];
@@ -208,10 +278,27 @@ struct Winograd {
       }
       for (int t = 0; t < count; ++t) {
         const int ty = static_cast<int>((first + t) / tiles_x), tx = static_cast<int>((first + t) % tiles_x);
-        for (int v = 0; v < vectors; ++v)
-          store_tile<T>(image, ty, tx, c0 + g + v * kLanes,
-                        panel_of(sums, g + v * kLanes, sum_stride) + t * kPanel, sum_stride, bias[v],
-                        moments[v]);
+        const bool whole =
+            plain && (ty + 1) * S::kStepOut <= args.out_height && (tx + 1) * S::kStepOut <= args.out_width;
+        for (int v = 0; v < vectors;) {
+          const int c = g + v * kLanes;
+          const float* from = panel_of(sums, c, sum_stride) + t * kPanel;
+          if (whole && v + kLine <= vectors) {
+            if constexpr (sizeof(T) == 4) {
+              if (streaming) {
+                store_line<T, true>(image, ty, tx, c0 + c, from, sum_stride, bias + v, moments + v);
+              } else {
+                store_line<T, false>(image, ty, tx, c0 + c, from, sum_stride, bias + v, moments + v);
+              }
+            } else {
+              store_line<T, false>(image, ty, tx, c0 + c, from, sum_stride, bias + v, moments + v);
+            }
+            v += kLine;
+          } else {
+            store_tile<T>(image, ty, tx, c0 + c, from, sum_stride, bias[v], moments[v]);
+            ++v;
+          }
+        }
       }
       if (!args.partial) continue;
       const int stride = stats_stride(args);
@@ -287,65 +374,81 @@ struct Winograd {
       });
       for (int c0 = 0; c0 < out_channels; c0 += block_group()) {
         const int width = min2(block_group(), out_channels - c0);
-        for (int c = 0; c < width; c += kPanel) {
-          const int vectors = panel_vectors(width - c);
-          for (int k0 = 0; k0 < channels; k0 += kDepth) {
-            multiply(scratch.v + k0, block_lda, v_stride, count,
-                     args.packed + static_cast<int64_t>(c0 + c) * channels +
-                         static_cast<int64_t>(k0) * vectors * kLanes,
-                     static_cast<int64_t>(channels) * out_channels, min2(kDepth, channels - k0), vectors,
-                     panel_of(scratch.sums, c, sums_stride), sums_stride, k0 == 0);
-          }
-        }
+        multiply(scratch.v, kDepth, block_lda, v_stride, count,
+                 args.packed + static_cast<int64_t>(c0) * channels,
+                 static_cast<int64_t>(channels) * out_channels, width, scratch.sums, sums_stride);
         store_any_tiles(image, first, count, c0, width, scratch.sums, sums_stride, block, per_image);
       }
     });
   }
   static constexpr int kDepth = 256;  // channels a product accumulates in registers: 16 KB of weights
 
-  // --- driver 2: many tiles at once, weights transformed on the fly ------------------------------
+  // --- driver 2: many tiles at once, output channels among the threads ----------------------------
 
-  // Tiles are counted through the whole batch here. A task transforms the weights of one panel, then
-  // runs through all tiles in groups of kGroup, whose sums stay in the L2 cache.
+  // For maps with few tiles and many channels: the points of all tiles are kept, and a task runs a few
+  // panels of weights over them, so that weights pass by once. They are packed, or transformed by the task
+  // just before. Tiles are counted through the whole batch here; the statistics of kGroup of them are a part.
   static constexpr int kGroup = 48;
+  static constexpr int kPass = 144;
   int64_t all_tiles() const { return args.images * tiles; }
-  int64_t pass_tiles() const { return min2<int64_t>(all_tiles(), round_up(max2(1, args.block), kGroup)); }
+  int64_t pass_tiles() const {
+    return min2<int64_t>(all_tiles(), round_up(args.block > 0 ? args.block : kPass, kGroup));
+  }
   int64_t stream_parts() const { return ceil_div(all_tiles(), kGroup); }
   // The input's points are kept in chunks of kDepth channels, so that each product reads them in order.
   int64_t stream_lda() const { return spread(min2(channels, kDepth)); }
   int64_t stream_point() const { return spread(pass_tiles() * stream_lda()); }
+  // Rows of one product: packed weights are used once, so all tiles of the pass have to be there.
+  template <bool kPacked>
+  int64_t stream_rows() const {
+    return kPacked ? min2<int64_t>(pass_tiles(), kPass) : kGroup;
+  }
+  // Output channels of a task, fewer where the threads would not have enough tasks.
+  template <bool kPacked>
+  int stream_width(int threads) const {
+    if (!kPacked) return kPanel;
+    int width = block_group();
+    while (width > kPanel && ceil_div(out_channels, width) < 2 * threads) width -= kPanel;
+    return width;
+  }
 
   struct StreamScratch {
     float *window, *u, *sums;
   };
+  template <bool kPacked>
   StreamScratch carve_stream(Carver& carver) const {
-    return {carver.floats(kGatherFloats),
-            carver.floats(kPoints2 * spread(static_cast<int64_t>(channels) * kPanel)),
-            carver.floats(kSums2 * sum_stride(kGroup))};
+    const int64_t u = kPacked ? 0 : kPoints2 * spread(static_cast<int64_t>(channels) * kPanel);
+    const int64_t panels = kPacked ? ceil_div(block_group(), kPanel) : 1;
+    return {carver.floats(kGatherFloats), carver.floats(u),
+            carver.floats(panels * kSums2 * sum_stride(stream_rows<kPacked>()))};
   }
   int64_t v_floats() const { return ceil_div(channels, kDepth) * kPoints2 * stream_point() + kLanes; }
+  template <bool kPacked>
   int64_t stream_workspace(int threads) const {
     Carver shared{nullptr}, own{nullptr};
     shared.floats(v_floats());
-    carve_stream(own);
+    carve_stream<kPacked>(own);
     return shared.used + own.used * threads;
   }
 
+  template <bool kPacked>
   void run_stream() const {
     // A part may hold no tile of some image: its count stays zero.
     if (args.partial) std::memset(args.count, 0, sizeof(float) * args.images * stream_parts());
     Carver shared{static_cast<char*>(args.workspace)};
     float* const v = shared.floats(v_floats());
     Carver measure{nullptr};
-    carve_stream(measure);
+    carve_stream<kPacked>(measure);
     const int64_t share = measure.used, lda = stream_lda(), v_stride = stream_point();
     auto own = [&](int worker) {
       Carver carver{static_cast<char*>(args.workspace) + shared.used + worker * share};
-      return carve_stream(carver);
+      return carve_stream<kPacked>(carver);
     };
     // Where the points of channel c begin.
     auto points = [&](int c) { return v + c / kDepth * kPoints2 * v_stride + c % kDepth; };
     const int64_t chunks = ceil_div(channels, kChunk);
+    const int64_t rows = stream_rows<kPacked>(), sums_stride = sum_stride(rows);
+    const int task_width = stream_width<kPacked>(p2pfast::num_threads());
     for (int64_t begin = 0; begin < all_tiles(); begin += pass_tiles()) {
       const int64_t end = min2(all_tiles(), begin + pass_tiles());
       parallel_for(ceil_div(end - begin, kPiece) * chunks, [&](int64_t task, int worker) {
@@ -359,22 +462,30 @@ struct Winograd {
           });
         });
       });
-      parallel_for(ceil_div(out_channels, kPanel), [&](int64_t panel, int worker) {
+      parallel_for(ceil_div(out_channels, task_width), [&](int64_t task, int worker) {
         const StreamScratch scratch = own(worker);
-        const int c = static_cast<int>(panel) * kPanel, vectors = panel_vectors(out_channels - c);
-        const int width = vectors * kLanes;
-        const int64_t u_point = spread(static_cast<int64_t>(channels) * width);
-        for (int k0 = 0; k0 < channels; k0 += kStage)
-          transform_any_weights(k0, min2(kStage, channels - k0), c, vectors, scratch.u + k0 * width, u_point);
-        for (int64_t from = begin; from < end; from += kGroup) {
-          const int count = static_cast<int>(min2<int64_t>(kGroup, end - from));
-          for (int k0 = 0; k0 < channels; k0 += kDepth)
-            multiply(points(k0) + (from - begin) * lda, lda, v_stride, count, scratch.u + k0 * width, u_point,
-                     min2(kDepth, channels - k0), vectors, scratch.sums, sum_stride(kGroup), k0 == 0);
-          for_images(from, from + count, [&](int64_t image, int64_t first, int64_t n, int64_t at) {
-            store_any_tiles(image, first, static_cast<int>(n), c, width, scratch.sums + at * kPanel,
-                            sum_stride(kGroup), from / kGroup, stream_parts());
-          });
+        const int c = static_cast<int>(task) * task_width, width = min2(task_width, out_channels - c);
+        const float* u = args.packed + static_cast<int64_t>(c) * channels;
+        int64_t u_point = static_cast<int64_t>(channels) * out_channels;
+        if constexpr (!kPacked) {
+          u = scratch.u;
+          u_point = spread(static_cast<int64_t>(channels) * width);
+          for (int k0 = 0; k0 < channels; k0 += kStage)
+            transform_any_weights(k0, min2(kStage, channels - k0), c, width / kLanes, scratch.u + k0 * width,
+                                  u_point);
+        }
+        for (int64_t from = begin; from < end; from += rows) {
+          const int count = static_cast<int>(min2(rows, end - from));
+          multiply(v + (from - begin) * lda, kPoints2 * v_stride, lda, v_stride, count, u, u_point, width,
+                   scratch.sums, sums_stride);
+          for (int64_t part = from; part < from + count; part += kGroup) {
+            for_images(part, min2(part + kGroup, from + count),
+                       [&](int64_t image, int64_t first, int64_t n, int64_t at) {
+                         store_any_tiles(image, first, static_cast<int>(n), c, width,
+                                         scratch.sums + (part - from + at) * kPanel, sums_stride,
+                                         part / kGroup, stream_parts());
+                       });
+          }
         }
       });
     }
@@ -445,21 +556,30 @@ double multiplications(const ConvArgs& args) {
   return with_scheme<kSmall>(args, [&]<class S>() { return Winograd<S>{args}.multiplications(); });
 }
 
+// args.block tiles at a time, or all of them where it is 0.
 template <bool kSmall>
-constexpr ConvKernel blocked_winograd() {
+constexpr ConvKernel packed_winograd() {
   return {winograd_refuses,
           packed_floats<kSmall>,
           pack<kSmall>,
           [](const ConvArgs& args, int threads) {
-            return with_scheme<kSmall>(args,
-                                       [&]<class S>() { return Winograd<S>{args}.block_workspace(threads); });
+            return with_scheme<kSmall>(args, [&]<class S>() {
+              const Winograd<S> w{args};
+              return args.block ? w.block_workspace(threads) : w.template stream_workspace<true>(threads);
+            });
           },
           [](const ConvArgs& args) {
-            return with_scheme<kSmall>(args, [&]<class S>() { return Winograd<S>{args}.blocks(); });
+            return with_scheme<kSmall>(args, [&]<class S>() {
+              const Winograd<S> w{args};
+              return args.block ? w.blocks() : w.stream_parts();
+            });
           },
           multiplications<kSmall>,
           [](const ConvArgs& args) {
-            with_scheme<kSmall>(args, [&]<class S>() { Winograd<S>{args}.run_blocks(); });
+            with_scheme<kSmall>(args, [&]<class S>() {
+              const Winograd<S> w{args};
+              args.block ? w.run_blocks() : w.template run_stream<true>();
+            });
           }};
 }
 
@@ -470,14 +590,14 @@ constexpr ConvKernel streamed_winograd() {
           [](const ConvArgs&, float*) {},
           [](const ConvArgs& args, int threads) {
             return with_scheme<kSmall>(
-                args, [&]<class S>() { return Winograd<S>{args}.stream_workspace(threads); });
+                args, [&]<class S>() { return Winograd<S>{args}.template stream_workspace<false>(threads); });
           },
           [](const ConvArgs& args) {
             return with_scheme<kSmall>(args, [&]<class S>() { return Winograd<S>{args}.stream_parts(); });
           },
           multiplications<kSmall>,
           [](const ConvArgs& args) {
-            with_scheme<kSmall>(args, [&]<class S>() { Winograd<S>{args}.run_stream(); });
+            with_scheme<kSmall>(args, [&]<class S>() { Winograd<S>{args}.template run_stream<false>(); });
           }};
 }
 

@@ -2,7 +2,7 @@
 
 namespace p2pfast::P2PFAST_LEVEL {
 
-const ConvKernel conv_winograd = blocked_winograd<false>();
+const ConvKernel conv_winograd = packed_winograd<false>();
 const ConvKernel conv_streamed = streamed_winograd<false>();
 
 }  // namespace p2pfast::P2PFAST_LEVEL

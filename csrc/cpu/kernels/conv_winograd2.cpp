@@ -2,7 +2,7 @@
 
 namespace p2pfast::P2PFAST_LEVEL {
 
-const ConvKernel conv_winograd2 = blocked_winograd<true>();
+const ConvKernel conv_winograd2 = packed_winograd<true>();
 const ConvKernel conv_streamed2 = streamed_winograd<true>();
 
 }  // namespace p2pfast::P2PFAST_LEVEL
