@@ -79,7 +79,10 @@ struct Direct {
   int64_t blocks() const { return ceil_div(rows_q, block_rows()) * across(); }
   // Output channels of a task: few blocks are split further, so that all threads have work.
   int group() const {
-    const int wanted = args.group > 0 ? args.group : out_channels;
+    int64_t wanted = args.group > 0 ? args.group : out_channels;
+    const int64_t enough = 2 * p2pfast::num_threads(), tasks = args.images * blocks();
+    while (wanted > kPanel && tasks * ceil_div(out_channels, wanted) < enough)
+      wanted = round_up(wanted / 2, kPanel);
     return static_cast<int>(min2<int64_t>(out_channels, round_up(wanted, kPanel)));
   }
 
@@ -204,21 +207,29 @@ struct Direct {
   void multiply(const Scratch& scratch, const float* packed, int rows, int columns, int vectors,
                 const Phase& py, const Phase& px, int64_t row_floats) const {
     const int width = vectors * kLanes, run = px.taps * channels;
+    const float* weights = packed;
     if (py.taps == 0 || px.taps == 0) {
       std::memset(scratch.sums, 0, sizeof(float) * rows * columns * width);
       return;
     }
+    const int64_t pixel = static_cast<int64_t>(xs.step) * channels, line = ys.step * row_floats;
     for (int jy = 0; jy < py.taps; ++jy) {
+      const float* corner = scratch.window + (py.offset - ys.low + jy) * row_floats +
+                            static_cast<int64_t>(px.offset - xs.low) * channels;
       for (int k = 0; k < run; k += kDepth) {
-        const float* b = packed + (static_cast<int64_t>(jy) * run + k) * width;
-        for (int y = 0; y < rows; ++y) {
-          const float* a = scratch.window +
-                           (static_cast<int64_t>(y) * ys.step + py.offset - ys.low + jy) * row_floats +
-                           static_cast<int64_t>(px.offset - xs.low) * channels + k;
-          gemm_panel(vectors, columns, a, static_cast<int64_t>(xs.step) * channels, b,
-                     scratch.sums + static_cast<int64_t>(y) * columns * width, width, min2(kDepth, run - k),
-                     jy > 0 || k > 0);
-        }
+        const int depth = min2(kDepth, run - k);
+        const float* now = weights;
+        weights += static_cast<int64_t>(depth) * width;
+        const bool fresh = jy == 0 && k == 0;
+        // Pixels of all rows of the block, so that the rows of a small map fill the registers together.
+        int y = 0, x = 0, at = 0;
+        auto row = [&](int m) {
+          for (; at < m; ++at) {
+            if (++x == columns) x = 0, ++y;
+          }
+          return corner + y * line + x * pixel + k;
+        };
+        gemm_panel(vectors, rows * columns, row, now, scratch.sums, width, depth, !fresh, weights);
       }
     }
   }

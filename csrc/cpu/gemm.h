@@ -1,6 +1,6 @@
 // The register-blocked matrix microkernel behind every convolution: C[m, n] (+)= sum_k A[m, k] B[k, n].
-// A has one row a pixel (or tile), any row stride; B is packed in panels of kPanel columns, each panel
-// K rows of its width; C is a float32 scratch of row stride ldc.
+// A has one row a pixel (or tile), which may lie anywhere; B is packed in panels of kPanel columns, each
+// panel K rows of its width; C is a float32 scratch of row stride ldc.
 #pragma once
 
 #include "cpu/simd.h"
@@ -15,8 +15,11 @@ inline constexpr int kPrefetched = kLanes == 16 ? 2 : 1;  // cache lines for fou
 // While it computes, the lines from `next` on are brought into the cache, `step` bytes further for each
 // four values of k: weights that are used once come from memory in the meantime.
 template <int kRows, int kVectors>
-__attribute__((noinline)) void gemm_micro(const float* a, int64_t lda, const float* b, float* c, int64_t ldc,
+__attribute__((noinline)) void gemm_micro(const float* const* rows, const float* b, float* c, int64_t ldc,
                                           int k, bool accumulate, const char* next, int step) {
+  const float* a[kRows];
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m) a[m] = rows[m];
   Vec acc[kRows][kVectors];
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
@@ -29,7 +32,7 @@ __attribute__((noinline)) void gemm_micro(const float* a, int64_t lda, const flo
     for (int n = 0; n < kVectors; ++n) row[n] = load(b + n * kLanes);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
-      const Vec x = splat(a[m * lda + i]);
+      const Vec x = splat(a[m][i]);
 #pragma GCC unroll 16
       for (int n = 0; n < kVectors; ++n) acc[m][n] += x * row[n];
     }
@@ -51,50 +54,56 @@ __attribute__((noinline)) void gemm_micro(const float* a, int64_t lda, const flo
   }
 }
 
-template <int kVectors>
-void gemm_rows(int rows, const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int k,
-               bool accumulate, const char* next) {
+// `row(m)` is where row m of A begins.
+template <int kVectors, class Row>
+void gemm_rows(int rows, Row&& row, const float* b, float* c, int64_t ldc, int k, bool accumulate,
+               const char* next) {
   constexpr int kFull = kVectors == 3 && kLanes < 16 ? 4 : kMaxRows;
   // The next panel is as long as this one; each group of rows fetches its share.
   const int step = kVectors * kLanes * 16 / max2(1, rows / kFull);
-  for (; rows >= kFull; rows -= kFull) {
-    gemm_micro<kFull, kVectors>(a, lda, b, c, ldc, k, accumulate, next, step);
-    a += kFull * lda;
-    c += kFull * ldc;
+  const float* a[kFull];
+  for (int m = 0; m < rows; m += kFull) {
+    const int count = min2(kFull, rows - m);
+    for (int i = 0; i < count; ++i) a[i] = row(m + i);
+    float* to = c + m * ldc;
+    switch (count) {
+      case 1:
+        gemm_micro<1, kVectors>(a, b, to, ldc, k, accumulate, next, step);
+        break;
+      case 2:
+        gemm_micro<2, kVectors>(a, b, to, ldc, k, accumulate, next, step);
+        break;
+      case 3:
+        gemm_micro<3, kVectors>(a, b, to, ldc, k, accumulate, next, step);
+        break;
+      case 4:
+        gemm_micro<4, kVectors>(a, b, to, ldc, k, accumulate, next, step);
+        break;
+      case 5:
+        if constexpr (kFull > 4) gemm_micro<5, kVectors>(a, b, to, ldc, k, accumulate, next, step);
+        break;
+      default:
+        if constexpr (kFull > 4) gemm_micro<6, kVectors>(a, b, to, ldc, k, accumulate, next, step);
+        break;
+    }
     next += static_cast<int64_t>(step) * (k / 4);
-  }
-  switch (rows) {
-    case 1:
-      return gemm_micro<1, kVectors>(a, lda, b, c, ldc, k, accumulate, next, step);
-    case 2:
-      return gemm_micro<2, kVectors>(a, lda, b, c, ldc, k, accumulate, next, step);
-    case 3:
-      return gemm_micro<3, kVectors>(a, lda, b, c, ldc, k, accumulate, next, step);
-    case 4:
-      if constexpr (kFull > 4) return gemm_micro<4, kVectors>(a, lda, b, c, ldc, k, accumulate, next, step);
-      break;
-    case 5:
-      if constexpr (kFull > 4) return gemm_micro<5, kVectors>(a, lda, b, c, ldc, k, accumulate, next, step);
-      break;
-    default:
-      break;
   }
 }
 
-// One panel of `vectors` * kLanes columns; `next` is the panel that will be used after it, if it is not in
-// the cache.
-inline void gemm_panel(int vectors, int rows, const float* a, int64_t lda, const float* b, float* c,
-                       int64_t ldc, int k, bool accumulate, const float* next = nullptr) {
-  const char* line = reinterpret_cast<const char*>(next ? next : b);
+// One panel of `vectors` * kLanes columns; `next` is the panel that will be used after it.
+template <class Row>
+void gemm_panel(int vectors, int rows, Row&& row, const float* b, float* c, int64_t ldc, int k,
+                bool accumulate, const float* next) {
+  const char* line = reinterpret_cast<const char*>(next);
   switch (vectors) {
     case 1:
-      return gemm_rows<1>(rows, a, lda, b, c, ldc, k, accumulate, line);
+      return gemm_rows<1>(rows, row, b, c, ldc, k, accumulate, line);
     case 2:
-      return gemm_rows<2>(rows, a, lda, b, c, ldc, k, accumulate, line);
+      return gemm_rows<2>(rows, row, b, c, ldc, k, accumulate, line);
     case 3:
-      return gemm_rows<3>(rows, a, lda, b, c, ldc, k, accumulate, line);
+      return gemm_rows<3>(rows, row, b, c, ldc, k, accumulate, line);
     default:
-      if constexpr (kLanes == 16) gemm_rows<4>(rows, a, lda, b, c, ldc, k, accumulate, line);
+      if constexpr (kLanes == 16) gemm_rows<4>(rows, row, b, c, ldc, k, accumulate, line);
   }
 }
 

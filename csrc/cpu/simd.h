@@ -33,6 +33,12 @@ typedef uint32_t VecW __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
 typedef uint16_t VecHU __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
+using bf16 = uint16_t;  // storage of a bfloat16
+
+P2PFAST_INLINE Vec splat(float x) { return x - (Vec){}; }
+P2PFAST_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
+P2PFAST_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
+
 // A store that goes to memory without reading the line first, for data too large to be read again from a
 // cache; p is aligned to the vector. finish_streams() orders such stores before what other threads do next.
 P2PFAST_INLINE void stream(float* p, Vec v) {
@@ -53,12 +59,6 @@ P2PFAST_INLINE void finish_streams() {
   _mm_sfence();
 #endif
 }
-
-using bf16 = uint16_t;  // storage of a bfloat16
-
-P2PFAST_INLINE Vec splat(float x) { return x - (Vec){}; }
-P2PFAST_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
-P2PFAST_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
 
 P2PFAST_INLINE float bf16_to_float(bf16 h) {
   const uint32_t w = static_cast<uint32_t>(h) << 16;

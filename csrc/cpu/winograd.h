@@ -167,8 +167,10 @@ struct Winograd {
             weights += static_cast<int64_t>(depth) * vectors * kLanes;
             const bool last = k0 + depth == channels && c + kPanel >= width;
             const float* next = !last ? weights : point + 1 < kPoints2 ? u + (point + 1) * u_point : now;
-            gemm_panel(vectors, rows, v + k0 / kDepth * v_chunk + point * v_point, lda, now, sum, kPanel,
-                       depth, !fresh || k0 > 0, next);
+            const float* from = v + k0 / kDepth * v_chunk + point * v_point;
+            gemm_panel(
+                vectors, rows, [=](int m) { return from + m * lda; }, now, sum, kPanel, depth,
+                !fresh || k0 > 0, next);
           }
         }
       }

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from p2pfast.labelmap import LabelMap
-from p2pfast.runtime.choice import PACKED_LIMIT
 from p2pfast.runtime.cpu import STORED, CannotRun, CpuEngine
 
 _TRACKER = "please report it with the network to p2pfast's issue tracker"
@@ -205,7 +204,7 @@ def optimize(
         "accuracy": accuracy,
         "memory_limit": memory_limit,
     }
-    limit = PACKED_LIMIT if memory_limit is None else min(PACKED_LIMIT, parse_bytes(memory_limit) // 64)
+    limit = None if memory_limit is None else parse_bytes(memory_limit) // 2
     kind = type(model)
     fast = _clone(model, {})
     fast.__class__ = type(

@@ -22,8 +22,9 @@ from p2pfast.fuse.graph import (
     View,
     map_views,
 )
+from p2pfast.runtime.choice import Choice, Options
 from p2pfast.runtime.memory import Buffer
-from p2pfast.runtime.plan import Constant, Plan, Report, Result, Stored
+from p2pfast.runtime.plan import Constant, Pack, Plan, Report, Result, Stored
 
 ACTS = {"relu": 1, "leaky_relu": 2, "tanh": 3, "sigmoid": 4, "elu": 5, "silu": 6, "gelu": 7}
 PADS = {"zeros": 0, "reflect": 1, "replicate": 2}
@@ -42,7 +43,11 @@ def act_fields(act: Act | None) -> dict[str, Any]:
 
 
 class Builder:
-    """State of lowering one graph. ``modules`` maps paths to modules; ``dtype`` is that of stored tensors."""
+    """State of lowering one graph. ``modules`` maps paths to modules; ``dtype`` is that of stored tensors.
+
+    ``options`` collects what could run each convolution; ``chosen`` says what does, where it is not the
+    quickest.
+    """
 
     def __init__(
         self,
@@ -50,11 +55,13 @@ class Builder:
         modules: dict[str, nn.Module],
         inputs: dict[str, Any],
         dtype: torch.dtype,
-        packs: dict[Any, Any],
-        packed_limit: int,
+        packs: dict[Any, Pack],
+        chosen: dict[str, Choice],
     ) -> None:
         self.graph, self.modules, self.inputs, self.dtype = graph, modules, inputs, dtype
-        self.packs, self.packed_limit = packs, packed_limit
+        self.packs, self.chosen = packs, chosen
+        self.options: dict[str, Options] = {}
+        self.changes: list[tuple[Any, str, Any]] = []
         self.plan = Plan()
         self.buffers: list[Buffer] = []
         self.steps: list[Callable[[Any], int]] = []
@@ -101,6 +108,17 @@ class Builder:
         self.plan.constants.append(Constant(parameters, lambda: fill(view)))
         address = view.data_ptr()
         return lambda: address
+
+    def _set(self, target: Any, name: str, value: Any) -> None:
+        """Changes the graph, or a frozen part of it, so that :meth:`undo` can take it back."""
+        self.changes.append((target, name, getattr(target, name)))
+        object.__setattr__(target, name, value)
+
+    def undo(self) -> None:
+        """The graph as it was before this planner."""
+        for target, name, value in reversed(self.changes):
+            object.__setattr__(target, name, value)
+        self.changes.clear()
 
     # --- graph facts -------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,52 +25,74 @@ DIRECT, WINOGRAD, WINOGRAD2, STREAMED, STREAMED2, THIN = range(6)
 # Share of the processor's peak that each algorithm typically reaches, for the estimate.
 _EFFICIENCY = (0.8, 0.6, 0.7, 0.5, 0.6, 0.5)
 
-# Packed copies of a layer's weights above this are not kept by default: the streamed algorithms
-# transform the weights while they run instead.
-PACKED_LIMIT = 64 << 20
-
 _TUNING_MULTIPLICATIONS = 4e8  # of one timed run
+_ESTIMATED_RATE = 1e11  # multiplications a second, for estimates of unmeasured choices
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An algorithm with its parameters; ``seconds`` is what a measurement gave, 0 for an estimate."""
+    """An algorithm with its parameters.
+
+    ``seconds`` is what a measurement gave, or an estimate; ``packed`` the bytes of its copy of the weights.
+    """
 
     algorithm: int
     block: int
     group: int
     seconds: float = 0.0
+    packed: int = 0
 
     @property
     def name(self) -> str:
         return ALGORITHMS[self.algorithm]
 
 
-def _candidates(args: dict[str, Any], packed_limit: int, thin_only: bool) -> list[tuple[float, Choice]]:
-    """Candidates with their estimated cost, cheapest first."""
-    blocks = {
-        DIRECT: ((0, 0),),
-        WINOGRAD: ((24, 64), (48, 64)),
-        WINOGRAD2: ((24, 64), (48, 64)),
-        STREAMED: ((144, 0), (384, 0)),
-        STREAMED2: ((144, 0), (384, 0)),
-        THIN: ((0, 0),),
-    }
+_PARAMETERS = {
+    DIRECT: ((0, 0),),
+    WINOGRAD: ((24, 64), (48, 64), (0, 64), (0, 128)),
+    WINOGRAD2: ((24, 64), (48, 64), (0, 64)),
+    STREAMED: ((144, 0), (384, 0)),
+    STREAMED2: ((144, 0), (384, 0)),
+    THIN: ((0, 0),),
+}
+
+
+def default_budget(parameter_bytes: int) -> int:
+    """Bytes that packed weights of a network take when the user sets no limit.
+
+    Minimal filtering of 3x3 weights needs up to four times their own size; a quarter of the memory that is
+    free bounds it.
+    """
+    return min(int(3.75 * parameter_bytes), available_memory() // 4)
+
+
+def available_memory() -> int:
+    """Bytes the system could give now; 8 GB where it does not tell."""
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        return 8 << 30
+    return 8 << 30
+
+
+def _candidates(args: dict[str, Any], thin_only: bool) -> list[Choice]:
+    """Candidates with their estimated time, quickest first."""
     found = []
-    for algorithm, parameters in blocks.items():
+    for algorithm, parameters in _PARAMETERS.items():
+        if thin_only and algorithm != THIN:
+            continue
         for block, group in parameters:
-            trial = {**args, "block": block, "group": group}
-            info = _C.conv_info(algorithm, trial)
-            if info["refuses"] is not None or info["packed_floats"] * 4 > packed_limit:
-                continue
-            if algorithm != THIN and thin_only:
-                continue
-            found.append((info["multiplications"] / _EFFICIENCY[algorithm], Choice(algorithm, block, group)))
-    found.sort(key=lambda c: c[0])
-    return found
+            info = _C.conv_info(algorithm, {**args, "block": block, "group": group})
+            if info["refuses"] is None:
+                seconds = info["multiplications"] / _EFFICIENCY[algorithm] / _ESTIMATED_RATE
+                found.append(Choice(algorithm, block, group, seconds, info["packed_floats"] * 4))
+    return sorted(found, key=lambda c: c.seconds)
 
 
-def _signature(args: dict[str, Any], packed_limit: int) -> str:
+def _signature(args: dict[str, Any]) -> str:
     """What a choice depends on: the shape, the processor, its level, the threads and this version."""
     from p2pfast import __version__
 
@@ -88,7 +110,7 @@ def _signature(args: dict[str, Any], packed_limit: int) -> str:
     ]
     shape["out_dtype"] = args["out"].get("dtype", 0)
     shape["out_planar"] = args["out"].get("channel_stride", 1) != 1
-    machine = (_C.processor_name(), _C.active_level(), _C.num_threads(), __version__, packed_limit)
+    machine = (_C.processor_name(), _C.active_level(), _C.num_threads(), __version__)
     return json.dumps([shape, machine], sort_keys=True)
 
 
@@ -99,35 +121,42 @@ def cache_file() -> Path:
     return Path(root).expanduser() / "choices.json"
 
 
-def _read(path: Path) -> dict[str, Choice]:
-    """The choices in a file; none if it is missing or not such a file."""
+Options = list[Choice]  # of one convolution, quickest first
+
+
+def _read(path: Path) -> dict[str, Options]:
+    """The options in a file; none if it is missing or not such a file."""
     try:
         stored = json.loads(path.read_text())
-        found = {str(key): Choice(int(a), int(b), int(g), float(t)) for key, (a, b, g, t) in stored.items()}
+        found = {
+            str(key): [Choice(int(a), int(b), int(g), float(t), int(p)) for a, b, g, t, p in rows]
+            for key, rows in stored.items()
+        }
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
-    return {key: c for key, c in found.items() if 0 <= c.algorithm < len(ALGORITHMS)}
+    known = range(len(ALGORITHMS))
+    return {key: rows for key, rows in found.items() if rows and all(c.algorithm in known for c in rows)}
 
 
 class _Cache:
     """Choices by signature, in memory and on disk; an unreadable or unwritable file is no error."""
 
     def __init__(self) -> None:
-        self.entries: dict[str, Choice] = {}
+        self.entries: dict[str, Options] = {}
         self.loaded: Path | None = None
         self.changed = False
 
     def _key(self, signature: str) -> str:
         return hashlib.sha256(signature.encode()).hexdigest()[:32]
 
-    def get(self, signature: str) -> Choice | None:
+    def get(self, signature: str) -> Options | None:
         path = cache_file()
         if self.loaded != path:
             self.loaded, self.entries = path, _read(path)
         return self.entries.get(self._key(signature))
 
-    def put(self, signature: str, choice: Choice) -> None:
-        self.entries[self._key(signature)] = choice
+    def put(self, signature: str, options: Options) -> None:
+        self.entries[self._key(signature)] = options
         self.changed = True
 
     def save(self) -> None:
@@ -137,7 +166,10 @@ class _Cache:
         self.changed = False
         path = cache_file()
         merged = {**_read(path), **self.entries}
-        rows = {key: [c.algorithm, c.block, c.group, c.seconds] for key, c in merged.items()}
+        rows = {
+            key: [[c.algorithm, c.block, c.group, c.seconds, c.packed] for c in options]
+            for key, options in merged.items()
+        }
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
@@ -168,22 +200,46 @@ def _shortened(args: dict[str, Any], multiplications: float) -> tuple[dict[str, 
     return short, height / args["height"]
 
 
+class _Memory:
+    """Memory of timed runs, made once for all candidates. Ones: denormals and NaN would distort the time."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[str, torch.Tensor] = {}
+
+    def at(self, name: str, count: int, dtype: torch.dtype = torch.float32) -> int:
+        name = f"{name}-{dtype}"
+        block = self.blocks.get(name)
+        if block is None or block.numel() < count + 32:
+            block = self.blocks[name] = torch.ones(count + 32, dtype=dtype)
+        return -(-block.data_ptr() // 64) * 64
+
+    def evict(self) -> None:
+        """Empties the caches of weights, which a network's other layers would have pushed out."""
+        if "cold" not in self.blocks:
+            self.blocks["cold"] = torch.ones(12 << 20)
+        self.blocks["cold"].sum()
+
+    def touch(self, name: str) -> None:
+        """Brings into the caches what the layer before would have left there."""
+        for key, block in self.blocks.items():
+            if key.startswith(name) and block.numel() < 4 << 20:
+                block.sum()
+
+    def release(self) -> None:
+        self.blocks.clear()
+
+
+_memory = _Memory()
+
+
 def _measure(args: dict[str, Any], choice: Choice) -> float:
-    """Seconds of one run with arbitrary data; the second of two runs, after caches are warm."""
+    """Seconds of one run with arbitrary data: inputs in the cache, weights in memory, as in a network."""
     info = _C.conv_info(choice.algorithm, {**args, "block": choice.block, "group": choice.group})
     trial, share = _shortened(args, info["multiplications"])
     trial = {**trial, "block": choice.block, "group": choice.group}
     info = _C.conv_info(choice.algorithm, trial)
-    keep: list[torch.Tensor] = []
-
-    def memory(count: int, dtype: torch.dtype = torch.float32) -> int:
-        # Ones, not whatever was there: denormals and NaN would distort the time.
-        tensor = torch.ones(count + 32, dtype=dtype)
-        keep.append(tensor)
-        return -(-tensor.data_ptr() // 64) * 64
-
     sources = []
-    for source in trial["sources"]:
+    for index, source in enumerate(trial["sources"]):
         source = dict(source)
         dtype = torch.bfloat16 if source.get("dtype") else torch.float32
         spans = [
@@ -192,10 +248,10 @@ def _measure(args: dict[str, Any], choice: Choice) -> float:
             (source["pixel_stride"], args["width"]),
             (source.get("channel_stride", 1), source["channels"]),
         ]
-        source["data"] = memory(sum(abs(s) * (n - 1) for s, n in spans) + 16, dtype)
+        source["data"] = _memory.at(f"source{index}", sum(abs(s) * (n - 1) for s, n in spans) + 16, dtype)
         if source.get("scale"):
-            source["scale"] = memory(trial["images"] * source["norm_stride"])
-            source["shift"] = memory(trial["images"] * source["norm_stride"])
+            source["scale"] = _memory.at("scale", trial["images"] * source["norm_stride"])
+            source["shift"] = _memory.at("shift", trial["images"] * source["norm_stride"])
         sources.append(source)
     out = dict(trial["out"])
     spans = [
@@ -204,49 +260,80 @@ def _measure(args: dict[str, Any], choice: Choice) -> float:
         (out["pixel_stride"], args["out_width"]),
         (out.get("channel_stride", 1), -(-trial["out_channels"] // 16) * 16),
     ]
-    out["data"] = memory(
-        sum(s * (n - 1) for s, n in spans) + 16, torch.bfloat16 if out.get("dtype") else torch.float32
-    )
+    dtype = torch.bfloat16 if out.get("dtype") else torch.float32
+    out["data"] = _memory.at("out", sum(s * (n - 1) for s, n in spans) + 16, dtype)
     taps = trial["kernel_h"] * trial["kernel_w"]
     weights = trial["out_channels"] * sum(s["channels"] for s in sources) * taps
     trial.update(sources=sources, out=out)
-    trial["weight"] = memory(weights, torch.bfloat16 if trial.get("weight_dtype") else torch.float32)
-    trial["packed"] = memory(max(1, info["packed_floats"]))
-    trial["workspace"] = memory(info["workspace_bytes"] // 4 + 16)
+    dtype = torch.bfloat16 if trial.get("weight_dtype") else torch.float32
+    trial["weight"] = _memory.at("weight", weights, dtype)
+    trial["packed"] = _memory.at("packed", max(1, info["packed_floats"]))
+    trial["workspace"] = _memory.at("workspace", info["workspace_bytes"] // 4 + 16)
     if trial.get("partial"):
         stride = -(-trial["out_channels"] // 16) * 16
-        trial["partial"] = memory(trial["images"] * info["partials"] * 2 * stride)
-        trial["count"] = memory(trial["images"] * info["partials"])
+        trial["partial"] = _memory.at("partial", trial["images"] * info["partials"] * 2 * stride)
+        trial["count"] = _memory.at("count", trial["images"] * info["partials"])
     if trial.get("bias"):
-        trial["bias"] = memory(trial["out_channels"])
+        trial["bias"] = _memory.at("bias", trial["out_channels"])
     _C.run_conv(choice.algorithm, trial)
+    _memory.evict()
+    _memory.touch("source")
     start = time.perf_counter()
     _C.run_conv(choice.algorithm, trial)
     return (time.perf_counter() - start) / share
 
 
-def choose(args: dict[str, Any], packed_limit: int = PACKED_LIMIT) -> Choice:
-    """The fastest algorithm for a convolution that at least one algorithm accepts.
+def options(args: dict[str, Any]) -> Options:
+    """What can run a convolution, quickest first: measured, or estimated where measuring is switched off.
 
     ``args`` is the dictionary of ``_C.conv_info`` with addresses that only tell what is wanted: a
     nonzero ``partial``, ``bias`` or ``scale``.
     """
     planar = args["out"].get("channel_stride", 1) != 1
-    found = _candidates(args, packed_limit, thin_only=planar and args["out_channels"] <= 4)
-    if not found:
-        found = _candidates(args, 1 << 62, thin_only=False)
+    thin = planar and args["out_channels"] <= 4
+    found = (_candidates(args, thin_only=True) if thin else []) or _candidates(args, thin_only=False)
     mode = os.environ.get("P2PFAST_TUNE", "on")
     if mode not in ("on", "off", "force"):
         raise ValueError(f"P2PFAST_TUNE is {mode!r}; choose on, off or force")
-    # An estimate that is far behind needs no measurement to lose.
-    close = [choice for cost, choice in found if cost < 2.0 * found[0][0]]
-    if len(close) == 1 or mode == "off":
-        return found[0][1]
-    signature = _signature(args, packed_limit)
+    if len(found) == 1 or mode == "off":
+        return found
+    signature = _signature(args)
     known = cache.get(signature) if mode == "on" else None
     if known is None:
-        timed = [(_measure(args, choice), choice) for choice in close]
-        seconds, best = min(timed, key=lambda t: t[0])
-        known = Choice(best.algorithm, best.block, best.group, seconds)
+        # An estimate that is far behind needs no measurement to lose, unless it is what needs least memory.
+        least = min(c.packed for c in found)
+        close = [c for c in found if c.seconds < 2.0 * found[0].seconds or c.packed == least]
+        timed = [replace(c, seconds=_measure(args, c)) for c in close]
+        known = sorted(timed, key=lambda c: c.seconds)
         cache.put(signature, known)
     return known
+
+
+def finish_measuring() -> None:
+    """Saves what was measured and gives the memory of it back."""
+    cache.save()
+    _memory.release()
+
+
+def fit(layers: dict[str, Options], budget: int) -> dict[str, Choice]:
+    """A choice for each layer, the quickest whose packed weights together stay within ``budget`` bytes.
+
+    Starting from the quickest of each, layers give way one after the other, that with the least time lost
+    for a byte first. Over budget only if nothing smaller is left.
+    """
+    chosen = {name: found[0] for name, found in layers.items()}
+    excess = sum(c.packed for c in chosen.values()) - budget
+    while excess > 0:
+        best: tuple[float, str, Choice] | None = None
+        for name, now in chosen.items():
+            for other in layers[name]:
+                if other.packed < now.packed:
+                    loss = (other.seconds - now.seconds) / (now.packed - other.packed)
+                    if best is None or loss < best[0]:
+                        best = loss, name, other
+        if best is None:
+            break
+        _, name, other = best
+        excess -= chosen[name].packed - other.packed
+        chosen[name] = other
+    return chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from p2pfast import _C
 from p2pfast.fuse.graph import ConvOp
 from p2pfast.runtime import choice as choices
 from p2pfast.runtime.builder import DTYPES, PADS, Address, act_fields, channel_stride
-from p2pfast.runtime.plan import Constant, Report
+from p2pfast.runtime.plan import Constant, Pack, Report
 from p2pfast.runtime.tensors import Tensors
 
 
@@ -54,7 +55,11 @@ class Convolutions(Tensors):
         pretend = {**fixed, "sources": [s() for s in sources], "out": output(), "bias": 1}
         if statistics:
             pretend.update(partial=1, count=1)
-        chosen = choices.choose(pretend, self.packed_limit)
+        found = choices.options(pretend)
+        self.options[op.name] = [
+            replace(c, packed=0) if self._pack_key(op.path, c, pretend) in self.packs else c for c in found
+        ]
+        chosen = self.chosen.get(op.name, found[0])
         fixed.update(block=chosen.block, group=chosen.group)
         pretend.update(block=chosen.block, group=chosen.group)
         info = _C.conv_info(chosen.algorithm, pretend)
@@ -96,15 +101,18 @@ class Convolutions(Tensors):
         acts = {v.act for v in uses}
         if len(acts) != 1 or None in acts or any(v.norm is not None for v in uses):
             return
-        op.act = acts.pop()
+        self._set(op, "act", acts.pop())
         for view in uses:
-            object.__setattr__(view, "act", None)
+            self._set(view, "act", None)
+
+    def _pack_key(self, path: str, chosen: choices.Choice, args: dict[str, Any]) -> Any:
+        return path, chosen.algorithm, _C.active_level(), tuple(s["channels"] for s in args["sources"])
 
     def _packed(
         self, path: str, module: Any, chosen: choices.Choice, args: dict[str, Any], floats: int
     ) -> Address:
         """Packed weights, one copy for all plans of the network."""
-        key = (path, chosen.algorithm, _C.active_level(), tuple(s["channels"] for s in args["sources"]))
+        key = self._pack_key(path, chosen, args)
         entry = self.packs.get(key)
         if entry is None:
             tensor = torch.empty(floats + 16)
@@ -123,10 +131,10 @@ class Convolutions(Tensors):
                     view.data_ptr(),
                 )
 
-            entry = (tensor, view.data_ptr(), Constant(lambda: [module.weight], refresh))
+            entry = Pack(tensor, view.data_ptr(), Constant(lambda: [module.weight], refresh))
             self.packs[key] = entry
-        _, address, constant = entry
-        self.plan.constants.append(constant)
+        address = entry.address
+        self.plan.constants.append(entry.constant)
         return lambda: address
 
     def _raw_weight(self, module: Any, dtype: torch.dtype) -> Address:

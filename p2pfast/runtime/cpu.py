@@ -13,7 +13,7 @@ from p2pfast import _C
 from p2pfast.fuse.capture import capture, trace
 from p2pfast.fuse.graph import Graph
 from p2pfast.labelmap import LabelMap
-from p2pfast.runtime.plan import Constant, Plan
+from p2pfast.runtime.plan import Constant, Pack, Plan
 from p2pfast.runtime.planner import make_plan
 
 STORED = (torch.float32, torch.bfloat16)
@@ -31,14 +31,14 @@ class CannotRun(Exception):
 class CpuEngine:
     """Fused execution of ``module`` (never modified) with tensors stored in ``dtype``."""
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype, packed_limit: int) -> None:
+    def __init__(self, module: nn.Module, dtype: torch.dtype, packed_limit: int | None) -> None:
         self.module, self.dtype, self.packed_limit = module, dtype, packed_limit
         self.signature = inspect.signature(type(module).forward)
         self.lock = threading.RLock()
         self.traces: dict[Any, Any] = {}
         self.plans: dict[Any, Plan] = {}
         self.graphs: dict[Any, Graph] = {}
-        self.packs: dict[Any, Any] = {}
+        self.packs: dict[Any, Pack] = {}
         self.arenas: list[torch.Tensor] = []
         self.last: tuple[Plan, Graph, list[float]] | None = None
         self.modal = [

@@ -63,6 +63,19 @@ class Constant:
 
 
 @dataclass
+class Pack:
+    """Packed weights of a convolution, one copy for all plans of a network."""
+
+    memory: torch.Tensor
+    address: int
+    constant: Constant
+
+    @property
+    def bytes(self) -> int:
+        return self.memory.numel() * self.memory.element_size()
+
+
+@dataclass
 class Plan:
     """A program and what has to be bound to run it."""
 

@@ -33,7 +33,7 @@ from p2pfast.runtime.builder import DTYPES, Address, act_fields
 from p2pfast.runtime.convolutions import Convolutions
 from p2pfast.runtime.label_convolutions import LabelConvolutions
 from p2pfast.runtime.memory import Buffer, place
-from p2pfast.runtime.plan import Foreign, Outside, Plan, Report, Result, Stored
+from p2pfast.runtime.plan import Foreign, Outside, Pack, Plan, Report, Result, Stored
 from p2pfast.runtime.structure import Pinned, Structure, fill
 
 
@@ -77,7 +77,7 @@ class Planner(Convolutions, LabelConvolutions):
             n, c, h, w = self._shape(view.base)
             takes = isinstance(producer, ConvOp) and producer.act is None and c <= 8
             if alone and takes and isinstance(producer, ConvOp) and view.base not in self.results:
-                producer.act = view.act
+                self._set(producer, "act", view.act)
                 self.results[view.base] = Result(self._slot(), (n, c, h, w), view in self.graph.channels_last)
 
     def _finish_results(self) -> None:
@@ -238,10 +238,26 @@ def make_plan(
     modules: dict[str, nn.Module],
     inputs: dict[str, Any],
     dtype: torch.dtype,
-    packs: dict[Any, Any],
-    packed_limit: int = choices.PACKED_LIMIT,
+    packs: dict[Any, Pack],
+    packed_limit: int | None = None,
 ) -> Plan:
-    """Lowers ``graph`` for ``inputs`` (by placeholder name) with tensors stored in ``dtype``."""
-    plan = Planner(graph, modules, inputs, dtype, packs, packed_limit).build()
-    choices.cache.save()
+    """Lowers ``graph`` for ``inputs`` (by placeholder name) with tensors stored in ``dtype``.
+
+    ``packs`` holds the packed weights of all plans of the network, at most ``packed_limit`` bytes of them
+    (by default :func:`choices.default_budget`).
+    """
+    if packed_limit is None:
+        size = 4 if dtype == torch.float32 else 2
+        packed_limit = choices.default_budget(size * sum(p.numel() for p in modules[""].parameters()))
+    known = set(packs)
+    planner = Planner(graph, modules, inputs, dtype, packs, {})
+    plan = planner.build()
+    budget = packed_limit - sum(packs[key].bytes for key in known)
+    chosen = choices.fit(planner.options, budget)
+    if any(choice is not planner.options[name][0] for name, choice in chosen.items()):
+        planner.undo()
+        for key in set(packs) - known:
+            del packs[key]
+        plan = Planner(graph, modules, inputs, dtype, packs, chosen).build()
+    choices.finish_measuring()
     return plan

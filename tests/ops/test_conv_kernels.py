@@ -351,7 +351,7 @@ def test_statistics(cpu_level: str, buffers: Alloc, case: Case, algorithm: str, 
     assert result.count.sum(1).tolist() == [values[0, 0].numel()] * case.images
     torch.testing.assert_close(mean, values.mean((2, 3)), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(variance, values.var((2, 3), correction=0), rtol=1e-4, atol=1e-6)
-    # They do not depend on what is stored.
+    # They do not depend on what is stored, but for the order of the sums.
     for other in (replace(case, act="relu"), replace(case, act="tanh", out_layout="nchw")):
         torch.manual_seed(1)
         first = Layer(case, buffers).run(algorithm)
@@ -360,7 +360,7 @@ def test_statistics(cpu_level: str, buffers: Alloc, case: Case, algorithm: str, 
         assert torch.equal(first.count, second.count)
         real = slice(None), slice(None), slice(None), slice(case.out_channels)
         used = first.count > 0
-        assert torch.equal(first.partial[real][used], second.partial[real][used])
+        torch.testing.assert_close(first.partial[real][used], second.partial[real][used], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS[:5])
