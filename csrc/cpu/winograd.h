@@ -302,6 +302,7 @@ struct Winograd {
           }
         }
       }
+      if (streaming) finish_streams();
       if (!args.partial) continue;
       const int stride = stats_stride(args);
       float* partial = args.partial + (image * parts + part) * 2 * stride + c0 + g;

@@ -75,10 +75,12 @@ struct Thin {
       const int vectors = min2(kVectors, (width - c) / kLanes);
       for (int y = 0; y < rows; ++y) {
         for (int p = 0; p < passes; ++p) {
-          gemm_panel(vectors, columns, scratch.window + (y + p) * row_floats(), channels,
-                     packed + static_cast<int64_t>(p) * channels * vectors * kLanes,
-                     scratch.products + static_cast<int64_t>(y) * window_columns() * width + c, width,
-                     channels, p > 0);
+          const float* window = scratch.window + (y + p) * row_floats();
+          const float* b = packed + static_cast<int64_t>(p) * channels * vectors * kLanes;
+          gemm_panel(
+              vectors, columns, [&](int m) { return window + static_cast<int64_t>(m) * channels; }, b,
+              scratch.products + static_cast<int64_t>(y) * window_columns() * width + c, width, channels,
+              p > 0, b);
         }
       }
       packed += static_cast<int64_t>(passes) * channels * vectors * kLanes;
