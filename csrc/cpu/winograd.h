@@ -222,7 +222,7 @@ struct Winograd {
   }
 
   // The usual case of a normalised layer: a whole tile without activation, a cache line of channels.
-  static constexpr int kLine = 16 / kLanes;
+  static constexpr int kLine = min2(16 / kLanes, kPanelVectors);
   template <class T, bool kStream>
   void store_line(int64_t image, int ty, int tx, int c, const float* sums, int64_t sum_stride,
                   const Vec* bias, Moments* moments) const {

@@ -360,7 +360,8 @@ def test_statistics(cpu_level: str, buffers: Alloc, case: Case, algorithm: str, 
         assert torch.equal(first.count, second.count)
         real = slice(None), slice(None), slice(None), slice(case.out_channels)
         used = first.count > 0
-        torch.testing.assert_close(first.partial[real][used], second.partial[real][used], rtol=1e-4, atol=1e-4)
+        ours, theirs = first.partial[real][used], second.partial[real][used]
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS[:5])
