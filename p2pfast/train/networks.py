@@ -112,6 +112,7 @@ class Running:
     def share(self) -> None:
         """(Re)build the exchange of gradients; needed when other parameters come to learn."""
         if self.place.world > 1:
+            self.shared = None  # its hooks go first
             # Buffers are each process's own: a broadcast between two calls would break the first's backward.
             self.shared = DistributedDataParallel(self.fast, broadcast_buffers=False)
 

@@ -86,6 +86,10 @@ class Objective(ABC):
             for group in optimizer.param_groups:
                 group["lr"] = self.config.learning_rate(epoch)
 
+    def notes(self) -> list[str]:
+        """What a user is to know before the run begins."""
+        return []
+
     def add(self, name: str, network: nn.Module) -> Running:
         """Take a network whose weights are drawn."""
         self.networks[name] = Running(network.to(self.place.device).train(), self.config, self.place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """The state that `save` wrote. Raises UsageError if it cannot be read."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise UsageError(f"{path}: not a training state, or damaged ({first_line(error)})") from error
     if not isinstance(state, dict) or "step" not in state:
         raise UsageError(f"{path}: not a training state of p2pfast")

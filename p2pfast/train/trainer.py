@@ -73,6 +73,14 @@ def objective_of(config: Config, place: Place) -> Objective:
             from p2pfast.train.pix2pix import Pix2Pix
 
             return Pix2Pix(config, place)  # type: ignore[arg-type]
+        case "pix2pixhd":
+            from p2pfast.train.pix2pixhd import Pix2PixHD
+
+            return Pix2PixHD(config, place)  # type: ignore[arg-type]
+        case "cyclegan":
+            from p2pfast.train.cyclegan import CycleGAN
+
+            return CycleGAN(config, place)  # type: ignore[arg-type]
         case _:
             raise TypeError(f"no objective is known for {config.kind}")
 
@@ -121,7 +129,7 @@ class _Run:
         self.steps = config.epochs * self.order.steps
         if config.max_steps:
             self.steps = min(self.steps, config.max_steps)
-        self.step = self.saved = 0
+        self.step = self.saved = self.epoch = 0
         # Each process has its own dropout.
         torch.manual_seed(config.seed * 1009 + place.rank + 1)
         if state is not None:
@@ -221,6 +229,8 @@ class _Run:
             save_config(dataclasses.replace(self.config, continue_train=False), self.folder / CONFIG_FILE)
         except OSError as error:
             raise UsageError(f"{self.folder}: cannot be written: {error.strerror}") from error
+        for note in self.objective.notes():
+            self.observer.noted(note)
         if not self.config.no_tensorboard and (missing := tensorboard_missing()):
             self.observer.noted(missing)
 
@@ -229,7 +239,9 @@ class _Run:
     ) -> tuple[Mapping[str, float], bool]:
         began = time.perf_counter()
         config, epoch = self.config, self.step // self.order.steps + 1
-        self.objective.start_epoch(epoch)
+        if epoch != self.epoch:
+            self.objective.start_epoch(epoch)
+            self.epoch = epoch
         terms = self.objective.step([next(batches) for _ in range(config.accumulate)])
         # One exchange: losses as all processes have them, and whether any of them was told to stop.
         told = torch.stack([*terms.values(), torch.tensor(float(stop), device=self.place.device)])

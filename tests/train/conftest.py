@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from p2pfast.train.config import CONFIGS, Config
+from p2pfast.train.objective import Objective
 
 #: Networks of a few thousand weights on streets of 64x32 pixels.
 TINY: dict[str, dict[str, Any]] = {
@@ -62,6 +65,26 @@ def tiny(runs: Path, request: pytest.FixtureRequest) -> Callable[..., Config]:
         return CONFIGS[kind](**{**common, **TINY[kind], **options})
 
     return make
+
+
+def golden_input(name: str, which: str, shape: tuple[int, ...]) -> Tensor:
+    rng = np.random.Generator(np.random.PCG64(zlib.crc32(f"input:{name}:{which}".encode())))
+    return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+
+
+def gradients(objective: Objective) -> dict[str, Tensor]:
+    """Filled by the next step: every gradient that an optimiser takes."""
+    taken: dict[str, Tensor] = {}
+    for name, run in objective.networks.items():
+        for optimizer in objective.optimizers.values():
+
+            def note(*_: Any, name: str = name, network: torch.nn.Module = run.network) -> None:
+                for key, parameter in network.named_parameters():
+                    if parameter.grad is not None:
+                        taken[f"{name}.{key}"] = parameter.grad.clone()
+
+            optimizer.register_step_pre_hook(note)
+    return taken
 
 
 def arguments(config: Config) -> list[str]:
