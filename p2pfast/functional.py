@@ -19,7 +19,7 @@ from p2pfast.ops.conv.op import PADDING_MODES, conv
 from p2pfast.ops.image_uint8.op import image_uint8
 from p2pfast.ops.image_uint8.reference import image_uint8_reference
 from p2pfast.ops.instance_edges.op import instance_edges
-from p2pfast.ops.norm.op import instance_norm_act as _norm
+from p2pfast.ops.norm_act.op import norm_act
 
 gradients.register()
 autocast.register()
@@ -117,17 +117,12 @@ def _convolved(
 
 @torch.no_grad()
 def _update_running(
-    x: Tensor, over_batch: bool, mean: Tensor | None, variance: Tensor | None, momentum: float
+    running: Tensor | None, new: Tensor, momentum: float, scale: float, over_batch: bool
 ) -> None:
-    """Running statistics as PyTorch's norms update them: with the unbiased variance, instances averaged."""
-    if mean is None or variance is None:
-        return
-    dims = (0, 2, 3) if over_batch else (2, 3)
-    new_variance, new_mean = torch.var_mean(x.detach().float(), dims)
-    if not over_batch:
-        new_variance, new_mean = new_variance.mean(0), new_mean.mean(0)
-    mean.lerp_(new_mean.to(mean.dtype), momentum)
-    variance.lerp_(new_variance.to(variance.dtype), momentum)
+    """A running statistic as PyTorch's norms update it, those of instances averaged."""
+    if running is not None:
+        average = new if over_batch else new.mean(0)
+        running.lerp_((scale * average).to(running.dtype), momentum)
 
 
 def _normalised(
@@ -156,13 +151,14 @@ def _normalised(
         and (residual is None or (_is_image(residual) and residual.shape == x.shape))
     )
     if native:
-        if not frozen:
-            _update_running(x, over_batch, running_mean, running_var, momentum)
         if residual is not None and residual.dtype != x.dtype:
             residual = residual.to(x.dtype)
         stored = (running_mean, running_var) if frozen else (None, None)
-        result: Tensor = _norm(x, weight, bias, *stored, over_batch, eps, act, slope, residual)
-        return result
+        y, mean, variance = norm_act(x, weight, bias, *stored, over_batch, eps, act, slope, residual)
+        if not frozen:
+            _update_running(running_mean, mean, momentum, 1.0, over_batch)
+            _update_running(running_var, variance, momentum, values / (values - 1), over_batch)
+        return y
     if over_batch:
         y = F.batch_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     else:

@@ -15,6 +15,7 @@ from torch import Tensor
 from p2pfast.ops.conv.op import _conv
 from p2pfast.ops.label_conv.op import label_conv
 from p2pfast.ops.norm.op import instance_norm_act
+from p2pfast.ops.norm_act.op import _norm_act
 
 _DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 # What the kernels of a device store; autocast to another dtype leaves arguments as they are.
@@ -67,4 +68,5 @@ def register() -> None:
     for device in _DEVICES:
         _add_rule(_conv._opoverload, "conv", device, _conv_arguments)
         _add_rule(instance_norm_act._opoverload, "instance_norm_act", device, _norm_arguments)
+        _add_rule(_norm_act._opoverload, "norm_act", device, _norm_arguments)
         _add_rule(label_conv._opoverload, "label_conv", device, _label_conv_arguments)
