@@ -39,9 +39,9 @@ HEAD = """# Networks of other people, optimised
 Made by `python benchmarks/networks_page.py` on {machine}.
 
 Each network is a plain PyTorch one written from its paper (`tests/zoo/`); `p2pfast.optimize(network)` is all
-that was done to it. Fused is how many of its convolutions ran in native kernels. Times are the least of interleaved
-calls in float32, evaluation mode; a number above 1 means that p2pfast is faster. – means not measured:
-torch.compile takes long to compile.
+that was done to it. Fused is how many of its convolutions ran in native kernels. Times are the least of
+interleaved calls in float32, evaluation mode; a number above 1 means that p2pfast is faster. – means not
+measured: torch.compile takes long to compile.
 
 | network | width, size | fused | eager | p2pfast | over eager | at batch 4 | over torch.compile |
 |---|---|---|---|---|---|---|---|

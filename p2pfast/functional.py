@@ -6,8 +6,8 @@ through PyTorch, and what PyTorch refuses raises what PyTorch raises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from torch import Tensor
 from p2pfast.ops import autocast, gradients
 from p2pfast.ops.conv.activation import activate, activation_code
 from p2pfast.ops.conv.op import PADDING_MODES, conv
+from p2pfast.ops.conv_norm_act.op import conv_norm_act as training_layer
+from p2pfast.ops.conv_norm_act.op import keep_inputs
 from p2pfast.ops.image_uint8.op import image_uint8
 from p2pfast.ops.image_uint8.reference import image_uint8_reference
 from p2pfast.ops.instance_edges.op import instance_edges
@@ -54,64 +56,65 @@ def _slope(activation: str | None, negative_slope: float, alpha: float) -> tuple
     return act, negative_slope if act == "leaky_relu" else alpha if act == "elu" else 0.0
 
 
-def _convolved(
-    x: Tensor | Sequence[Tensor],
+def _has_kernels(
+    sources: Sequence[Tensor],
     weight: Tensor,
-    bias: Tensor | None,
-    stride: Size,
-    padding: Size,
-    output_padding: Size,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    output_padding: tuple[int, int],
     padding_mode: str,
-    dilation: Size,
+    dilation: tuple[int, int],
     groups: int,
     transposed: bool,
+) -> bool:
+    first = sources[0]
+    if not all(_is_image(t) and t.dtype == first.dtype and t.shape[2:] == first.shape[2:] for t in sources):
+        return False
+    if weight.device.type != "cpu" or weight.dtype not in _DTYPES or weight.dim() != 4 or len(sources) > 2:
+        return False
+    if weight.dtype != first.dtype and not torch.is_autocast_enabled("cpu"):
+        return False
+    if groups != 1 or dilation != (1, 1) or padding_mode not in PADDING_MODES:
+        return False
+    if any(a != b for a, b in (stride, padding, output_padding)):
+        return False
+    kernel, size = weight.shape[2:], first.shape[2:]
+    channels = sum(t.shape[1] for t in sources)
+    if channels != weight.shape[0 if transposed else 1] or max(kernel) > _LARGEST_KERNEL:
+        return False
+    if transposed:
+        return stride[0] <= _LARGEST_UP_STRIDE and padding[0] < min(kernel)
+    reflects = padding_mode == "reflect" and padding[0] >= min(size)
+    return not reflects and min(size) + 2 * padding[0] >= max(kernel)
+
+
+def _convolved(
+    sources: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
     act: str,
     slope: float,
+    *,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    output_padding: tuple[int, int],
+    padding_mode: str,
+    dilation: tuple[int, int],
+    groups: int,
+    transposed: bool,
 ) -> Tensor:
-    sources = [x] if isinstance(x, Tensor) else list(x)
-    strides, pads, extra = _pair(stride), _pair(padding), _pair(output_padding)
-    kernel = weight.shape[2:]
-    native = (
-        len(sources) <= 2
-        and all(_is_image(t) for t in sources)
-        and all(t.dtype == sources[0].dtype and t.shape[2:] == sources[0].shape[2:] for t in sources)
-        and weight.device.type == "cpu"
-        and (weight.dtype == sources[0].dtype or torch.is_autocast_enabled("cpu"))
-        and weight.dtype in _DTYPES
-        and weight.dim() == 4
-        and sum(t.shape[1] for t in sources) == weight.shape[0 if transposed else 1]
-        and groups == 1
-        and _pair(dilation) == (1, 1)
-        and strides[0] == strides[1]
-        and pads[0] == pads[1]
-        and extra[0] == extra[1]
-        and padding_mode in PADDING_MODES
-        and max(kernel) <= _LARGEST_KERNEL
-        and not (transposed and (strides[0] > _LARGEST_UP_STRIDE or pads[0] >= min(kernel)))
-        and (transposed or min(sources[0].shape[2:]) + 2 * pads[0] >= max(kernel))
-        and not (padding_mode == "reflect" and pads[0] >= min(sources[0].shape[2:]))
-    )
-    if native:
-        return conv(
-            sources,
-            weight,
-            bias,
-            strides[0],
-            pads[0],
-            extra[0],
-            transposed,
-            padding_mode,
-            act=act,
-            slope=slope,
-        )
-    joined = sources[0] if len(sources) == 1 else torch.cat(sources, 1)
+    shape = (stride, padding, output_padding)
+    if _has_kernels(sources, weight, *shape, padding_mode, dilation, groups, transposed):
+        numbers = (stride[0], padding[0], output_padding[0])
+        return conv(sources, weight, bias, *numbers, transposed, padding_mode, act=act, slope=slope)
+    x = sources[0] if len(sources) == 1 else torch.cat(sources, 1)
     if transposed:
-        y = F.conv_transpose2d(joined, weight, bias, strides, pads, extra, groups, _pair(dilation))
+        y = F.conv_transpose2d(x, weight, bias, *shape, groups, dilation)
     else:
-        if padding_mode != "zeros" and pads != (0, 0):
-            joined = F.pad(joined, [pads[1], pads[1], pads[0], pads[0]], mode=padding_mode)
-            pads = (0, 0)
-        y = F.conv2d(joined, weight, bias, strides, pads, _pair(dilation), groups)
+        if padding_mode != "zeros" and padding != (0, 0):
+            x = F.pad(x, [padding[1], padding[1], padding[0], padding[0]], mode=padding_mode)
+            padding = (0, 0)
+        y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     return activate(y, act, slope)
 
 
@@ -273,30 +276,27 @@ def conv_norm_act(
         RuntimeError: shapes or dtypes that do not fit, as PyTorch raises them.
     """
     _check_choice("padding_mode", padding_mode, (*PADDING_MODES, "circular"))
-    convolve = partial(
-        _convolved,
-        x,
-        weight,
-        bias,
-        stride,
-        padding,
-        output_padding=0,
-        padding_mode=padding_mode,
-        dilation=dilation,
-        groups=groups,
-        transposed=False,
-    )
-    normalise = partial(
-        _normalised,
-        weight=norm_weight,
-        bias=norm_bias,
-        running_mean=running_mean,
-        running_var=running_var,
-        use_input_stats=use_input_stats,
-        momentum=momentum,
-        eps=eps,
-    )
-    return _chain(convolve, norm, normalise, *_slope(activation, negative_slope, alpha), residual)
+    geometry = {
+        "stride": _pair(stride),
+        "padding": _pair(padding),
+        "output_padding": _pair(0),
+        "padding_mode": padding_mode,
+        "dilation": _pair(dilation),
+        "groups": groups,
+        "transposed": False,
+    }
+    statistics = {
+        "weight": norm_weight,
+        "bias": norm_bias,
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "use_input_stats": use_input_stats,
+        "momentum": momentum,
+        "eps": eps,
+    }
+    sources = [x] if isinstance(x, Tensor) else list(x)
+    finish = (*_slope(activation, negative_slope, alpha), residual)
+    return _chain(sources, weight, bias, geometry, norm, statistics, *finish)
 
 
 def up_conv_norm_act(
@@ -340,48 +340,104 @@ def up_conv_norm_act(
         ValueError: an unknown ``norm`` or ``activation``.
         RuntimeError: shapes or dtypes that do not fit, as PyTorch raises them.
     """
-    convolve = partial(
-        _convolved,
-        x,
-        weight,
-        bias,
-        stride,
-        padding,
-        output_padding=output_padding,
-        padding_mode="zeros",
-        dilation=dilation,
-        groups=groups,
-        transposed=True,
-    )
-    normalise = partial(
-        _normalised,
-        weight=norm_weight,
-        bias=norm_bias,
-        running_mean=running_mean,
-        running_var=running_var,
-        use_input_stats=use_input_stats,
-        momentum=momentum,
-        eps=eps,
-    )
-    return _chain(convolve, norm, normalise, *_slope(activation, negative_slope, alpha), residual)
+    geometry = {
+        "stride": _pair(stride),
+        "padding": _pair(padding),
+        "output_padding": _pair(output_padding),
+        "padding_mode": "zeros",
+        "dilation": _pair(dilation),
+        "groups": groups,
+        "transposed": True,
+    }
+    statistics = {
+        "weight": norm_weight,
+        "bias": norm_bias,
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "use_input_stats": use_input_stats,
+        "momentum": momentum,
+        "eps": eps,
+    }
+    sources = [x] if isinstance(x, Tensor) else list(x)
+    finish = (*_slope(activation, negative_slope, alpha), residual)
+    return _chain(sources, weight, bias, geometry, norm, statistics, *finish)
+
+
+def _trained(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: dict[str, Any],
+    norm: str | None,
+    statistics: dict[str, Any],
+    act: str,
+    slope: float,
+    residual: Tensor | None,
+) -> Tensor | None:
+    """The chain as one step of autograd; None where it has to be done in parts, or needs no gradient."""
+    affine = statistics["weight"], statistics["bias"]
+    running = statistics["running_mean"], statistics["running_var"]
+    needs = any(t is not None and t.requires_grad for t in (x, weight, bias, residual, *affine))
+    if not (needs and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return None
+    channels = weight.shape[1 if geometry["transposed"] else 0] if weight.dim() == 4 else 0
+    frozen = norm is not None and not statistics["use_input_stats"]
+    vectors = [t for t in (bias, *affine, *running) if t is not None]
+    if (
+        not _has_kernels([x], weight, **geometry)
+        or any(t.device != x.device or t.shape != (channels,) for t in vectors)
+        or (frozen and (running[0] is None or running[1] is None))
+        or (residual is not None and (not _is_image(residual) or residual.shape[1] != channels))
+    ):
+        return None
+    # Inputs are kept, so that a gradient penalty can differentiate a gradient.
+    with keep_inputs():
+        return training_layer(
+            x,
+            weight,
+            bias,
+            stride=geometry["stride"][0],
+            padding=geometry["padding"][0],
+            output_padding=geometry["output_padding"][0],
+            transposed=geometry["transposed"],
+            padding_mode=geometry["padding_mode"],
+            norm=norm or "none",
+            norm_weight=affine[0],
+            norm_bias=affine[1],
+            running_mean=running[0],
+            running_var=running[1],
+            momentum=statistics["momentum"],
+            use_running=frozen,
+            eps=statistics["eps"],
+            act=act,
+            slope=slope,
+            residual=residual,
+        )
 
 
 def _chain(
-    convolve: Callable[..., Tensor],
+    sources: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: dict[str, Any],
     norm: str | None,
-    normalise: Callable[..., Tensor],
+    statistics: dict[str, Any],
     act: str,
     slope: float,
     residual: Tensor | None,
 ) -> Tensor:
     """The convolution, and the norm where there is one; whichever is last takes the activation."""
     _check_choice("norm", norm, NORMS)
+    if len(sources) == 1:
+        trained = _trained(sources[0], weight, bias, geometry, norm, statistics, act, slope, residual)
+        if trained is not None:
+            return trained
     if norm is not None:
-        y = convolve(act="none", slope=0.0)
-        return normalise(y, norm, act=act, slope=slope, residual=residual)
+        y = _convolved(sources, weight, bias, "none", 0.0, **geometry)
+        return _normalised(y, norm, **statistics, act=act, slope=slope, residual=residual)
     if residual is not None:
-        return activate(convolve(act="none", slope=0.0) + residual, act, slope)
-    return convolve(act=act, slope=slope)
+        return activate(_convolved(sources, weight, bias, "none", 0.0, **geometry) + residual, act, slope)
+    return _convolved(sources, weight, bias, act, slope, **geometry)
 
 
 def image_to_uint8(image: Tensor, tanh: bool = False) -> Tensor:
