@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -91,6 +92,14 @@ def take_pretrained(network: nn.Module, path: Path) -> str:
     return f"{len(fitting)} of {len(own)} tensors from {path}"
 
 
+#: PyTorch 2.13 renames it and warns of the old name.
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel.__init__).parameters
+)
+
+
 class Running:
     """A network as training calls it: fused or compiled, and shared among processes.
 
@@ -114,7 +123,7 @@ class Running:
         if self.place.world > 1:
             self.shared = None  # its hooks go first
             # Buffers are each process's own: a broadcast between two calls would break the first's backward.
-            self.shared = DistributedDataParallel(self.fast, broadcast_buffers=False)
+            self.shared = DistributedDataParallel(self.fast, **{_SYNC_BUFFERS: False})
 
     def __call__(self, *inputs: Tensor) -> Any:
         if self.shared is not None and torch.is_grad_enabled():
