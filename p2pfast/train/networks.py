@@ -92,11 +92,11 @@ def take_pretrained(network: nn.Module, path: Path) -> str:
     return f"{len(fitting)} of {len(own)} tensors from {path}"
 
 
-#: PyTorch 2.13 renames it and warns of the old name.
-_SYNC_BUFFERS = next(
-    name
-    for name in ("forward_sync_buffers", "broadcast_buffers")
-    if name in inspect.signature(DistributedDataParallel.__init__).parameters
+# PyTorch 2.13 renames the option and warns of the old name.
+_OWN_BUFFERS: dict[str, Any] = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    else {"broadcast_buffers": False}
 )
 
 
@@ -123,7 +123,7 @@ class Running:
         if self.place.world > 1:
             self.shared = None  # its hooks go first
             # Buffers are each process's own: a broadcast between two calls would break the first's backward.
-            self.shared = DistributedDataParallel(self.fast, **{_SYNC_BUFFERS: False})
+            self.shared = DistributedDataParallel(self.fast, **_OWN_BUFFERS)
 
     def __call__(self, *inputs: Tensor) -> Any:
         if self.shared is not None and torch.is_grad_enabled():
