@@ -23,7 +23,7 @@ struct Winograd {
   static constexpr int kPoints2 = S::kPoints * S::kPoints;
   static constexpr int kSums2 = S::kSums * S::kSums;
   static constexpr int kTaps2 = S::kTaps * S::kTaps;
-  static constexpr int kChunk = kPoints2 > 40 ? 32 : 64;             // channels of one gather
+  static constexpr int kChunk = 64;                                  // channels of one gather
   static constexpr int kPiece = max2(2, min2(16, 96 / S::kStepIn));  // tiles of one gather
   static constexpr int kPieceColumns = S::kStepIn * (kPiece - 1) + S::kWindow;
   static constexpr int kGatherFloats = S::kWindow * kPieceColumns * kChunk + kGatherSlack;
