@@ -125,17 +125,73 @@ struct Direct {
     });
   }
 
+  // With few channels a kernel row is too short a run for the product: the window of each pixel is written
+  // out as one row of all taps.
+  bool expanded() const {
+    return ys.count == 1 && xs.count == 1 && args.kernel_h > 1 && depth() <= kDepth &&
+           args.kernel_w * channels < 48;
+  }
+  int64_t expanded_row() const { return round_up(depth(), kLanes); }
+
   struct Scratch {
-    float *window, *sums;
+    float *window, *sums, *taps;
   };
   Scratch carve(Carver& carver) const {
+    const int64_t pixels = static_cast<int64_t>(block_rows()) * block_columns();
     return {carver.floats(static_cast<int64_t>(window_rows()) * window_columns() * channels + kGatherSlack),
-            carver.floats(static_cast<int64_t>(block_rows()) * block_columns() * kPanel)};
+            carver.floats(pixels * kPanel),
+            carver.floats(expanded() ? pixels * expanded_row() + kGatherSlack : 0)};
+  }
+
+  void expand(const Scratch& scratch, int rows, int columns, int64_t row_floats) const {
+    const int run = args.kernel_w * channels;
+    for (int y = 0; y < rows; ++y) {
+      for (int x = 0; x < columns; ++x) {
+        float* to = scratch.taps + (static_cast<int64_t>(y) * columns + x) * expanded_row();
+        const float* from =
+            scratch.window + static_cast<int64_t>(y) * ys.step * row_floats + x * xs.step * channels;
+        // Whole vectors: what goes past a run is overwritten by the next, and not read after the last.
+        for (int j = 0; j < args.kernel_h; ++j, to += run, from += row_floats)
+          for (int i = 0; i < run; i += kLanes) store(to + i, load(from + i));
+      }
+    }
   }
   int64_t workspace(int threads) const {
     Carver carver{nullptr};
     carve(carver);
     return carver.used * threads;
+  }
+
+  // One row of a full panel where channels are innermost.
+  template <class T, int kVectors>
+  void store_plain_row(const float* from, T* to, int64_t step, int columns, const Vec* bias, bool streaming,
+                       Moments* moments) const {
+    Vec shift[kVectors], sum[kVectors], squares[kVectors], b[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      b[v] = bias[v];
+      shift[v] = moments[v].count ? moments[v].shift : load(from + v * kLanes) + b[v];
+      sum[v] = squares[v] = Vec{};
+    }
+    for (int x = 0; x < columns; ++x, from += kVectors * kLanes, to += step) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const Vec value = load(from + v * kLanes) + b[v];
+        const Vec d = value - shift[v];
+        sum[v] += d;
+        squares[v] += d * d;
+        const Vec result = args.act == Act::kNone ? value : finish(value, args.act, args.slope);
+        if constexpr (sizeof(T) == 4) {
+          if (streaming) {
+            stream(to + v * kLanes, result);
+            continue;
+          }
+        }
+        store(to + v * kLanes, result);
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) moments[v].add_sums(shift[v], sum[v], squares[v], columns);
   }
 
   template <class T>
@@ -147,23 +203,34 @@ struct Direct {
       for (int l = 0; args.bias && l < kLanes && c + v * kLanes + l < args.out_channels; ++l)
         bias[v][l] = args.bias[c + v * kLanes + l];
     }
+    const int ox0 = r0 * xs.spread + px.first;
+    const int inside =
+        static_cast<int>(min2<int64_t>(columns, ceil_div(max2(0, args.out_width - ox0), xs.spread)));
+    const bool plain = args.out.channel_stride == 1 && c + width <= args.out.pixel_stride &&
+                       vectors == kPanelVectors && inside > 0;
+    const bool streaming = plain && xs.spread == 1 && streams(args);
     for (int y = 0; y < rows; ++y) {
       const int oy = (q0 + y) * ys.spread + py.first;
-      if (oy >= args.out_height) return;
+      if (oy >= args.out_height) break;
       T* row = static_cast<T*>(args.out.data) + image * args.out.image_stride + oy * args.out.row_stride;
-      for (int x = 0; x < columns; ++x) {
-        const int ox = (r0 + x) * xs.spread + px.first;
-        if (ox >= args.out_width) break;
-        const float* from = sums + (static_cast<int64_t>(y) * columns + x) * width;
+      const float* from = sums + static_cast<int64_t>(y) * columns * width;
+      if (plain) {
+        store_plain_row<T, kPanelVectors>(from, row + ox0 * args.out.pixel_stride + c,
+                                          xs.spread * args.out.pixel_stride, inside, bias, streaming,
+                                          moments);
+        continue;
+      }
+      for (int x = 0; x < inside; ++x, from += width) {
         for (int v = 0; v < vectors; ++v) {
           const Vec value = load(from + v * kLanes) + bias[v];
           if (args.partial) moments[v].add(value);
-          put_vector(args, row + ox * args.out.pixel_stride, c + v * kLanes,
+          put_vector(args, row + (ox0 + x * xs.spread) * args.out.pixel_stride, c + v * kLanes,
                      finish(value, args.act, args.slope));
         }
       }
       for (int v = 0; args.partial && v < vectors; ++v) moments[v].settle();
     }
+    if (streaming) finish_streams();
   }
 
   void run() const {
@@ -182,6 +249,7 @@ struct Direct {
              (rows - 1) * ys.step + ys.high - ys.low + 1, static_cast<int64_t>(r0) * xs.step + xs.low,
              (columns - 1) * xs.step + xs.high - xs.low + 1, 0, channels, scratch.window, channels,
              row_floats);
+      if (expanded()) expand(scratch, rows, columns, row_floats);
       const int end = min2(out_channels, static_cast<int>(g + 1) * group());
       for (int c = static_cast<int>(g) * group(); c < end; c += kPanel) {
         const int vectors = min2(kPanelVectors, (out_channels - c) / kLanes), width = vectors * kLanes;
@@ -208,6 +276,12 @@ struct Direct {
                 const Phase& py, const Phase& px, int64_t row_floats) const {
     const int width = vectors * kLanes, run = px.taps * channels;
     const float* weights = packed;
+    if (expanded()) {
+      auto row = [&](int m) { return scratch.taps + m * expanded_row(); };
+      gemm_panel(vectors, rows * columns, row, packed, scratch.sums, width, static_cast<int>(depth()), false,
+                 packed + depth() * width);
+      return;
+    }
     if (py.taps == 0 || px.taps == 0) {
       std::memset(scratch.sums, 0, sizeof(float) * rows * columns * width);
       return;

@@ -221,7 +221,7 @@ struct Winograd {
     if (args.partial) moments.settle();
   }
 
-  // The usual case of a normalised layer: a whole tile without activation, a cache line of channels.
+  // A whole tile, a cache line of channels, which are innermost.
   static constexpr int kLine = min2(16 / kLanes, kPanelVectors);
   template <class T, bool kStream>
   void store_line(int64_t image, int ty, int tx, int c, const float* sums, int64_t sum_stride,
@@ -250,7 +250,8 @@ struct Winograd {
       for (int x = 0; x < kStep; ++x, to += args.out.pixel_stride) {
 #pragma GCC unroll 4
         for (int v = 0; v < kLine; ++v) {
-          const Vec value = tile[(y * kStep + x) * kLine + v];
+          Vec value = tile[(y * kStep + x) * kLine + v];
+          if (args.act != Act::kNone) value = finish(value, args.act, args.slope);
           if constexpr (kStream) {
             stream(to + v * kLanes, value);
           } else {
@@ -266,8 +267,7 @@ struct Winograd {
   void store_tiles(int64_t image, int64_t first, int count, int c0, int width, const float* sums,
                    int64_t sum_stride, int64_t part, int64_t parts) const {
     constexpr int kMaxVectors = 16;
-    const bool plain = args.partial && args.act == Act::kNone && args.out.channel_stride == 1 &&
-                       c0 + width <= args.out.pixel_stride;
+    const bool plain = args.out.channel_stride == 1 && c0 + width <= args.out.pixel_stride;
     const bool streaming = plain && streams(args);
     for (int g = 0; g < width; g += kMaxVectors * kLanes) {
       const int vectors = min2(kMaxVectors, (width - g) / kLanes);
