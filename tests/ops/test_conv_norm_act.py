@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import time
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from p2pfast.ops.conv_norm_act import conv_norm_act, conv_norm_act_reference, convolution, keep_inputs
+from p2pfast.ops.conv_norm_act import (
+    conv_norm_act,
+    conv_norm_act_reference,
+    convolution,
+    keep_inputs,
+    minimal,
+)
 from p2pfast.ops.conv_norm_act.pad import padded, unpadded
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -88,8 +95,8 @@ def test_value_and_gradients(
 ) -> None:
     """With every convolution by the library, and by the native kernels where they fit."""
 
-    def choose(key: object, library: Any, native: Any) -> Tensor:
-        result: Tensor = native() if tuned == "native" else library()
+    def choose(key: object, *candidates: Any) -> Tensor:
+        result: Tensor = candidates[{"library": 0, "native": -1}[tuned]]()
         return result
 
     monkeypatch.setattr(convolution, "_faster", choose)
@@ -237,6 +244,39 @@ def test_gradient_of_padding(mode: str) -> None:
         grad = torch.randn_like(y)
         (expected,) = torch.autograd.grad(y, x, grad)
         torch.testing.assert_close(unpadded(grad.clone(), padding, mode), expected)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_weight_gradient_by_minimal_filtering(memory_format: torch.memory_format) -> None:
+    for images, inputs, outputs, height, width in ((1, 3, 40, 4, 4), (2, 33, 5, 7, 10), (1, 16, 16, 1, 2)):
+        source = (torch.randn(images, inputs, height + 2, width + 2) + 3).contiguous(
+            memory_format=memory_format
+        )
+        grad = torch.randn(images, outputs, height, width).contiguous(memory_format=memory_format)
+        weight = torch.zeros(outputs, inputs, 3, 3, dtype=torch.float64, requires_grad=True)
+        y = torch.conv2d(source.double(), weight)
+        (expected,) = torch.autograd.grad(y, weight, grad.double())
+        got = minimal.weight_gradient(grad, source)
+        assert got.is_contiguous() and (got - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+def test_the_fastest_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("P2PFAST_TUNE", "on")
+    monkeypatch.setattr(convolution, "_chosen", {})
+    calls = {"slow": 0, "quick": 0}
+
+    def slow() -> Tensor:
+        calls["slow"] += 1
+        time.sleep(0.01)
+        return torch.zeros(1)
+
+    def quick() -> Tensor:
+        calls["quick"] += 1
+        return torch.ones(1)
+
+    for _ in range(4):
+        assert convolution._faster(("key",), slow, quick) == 1
+    assert calls == {"slow": 3, "quick": 7}
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from p2pfast.ops.conv.op import _conv
+from p2pfast.ops.conv_norm_act.minimal import weight_gradient as minimal_filtering
 from p2pfast.ops.conv_norm_act.pad import padded, unpadded
 
 aten = torch.ops.aten
@@ -49,14 +51,18 @@ def _seconds(function: Callable[[], Tensor]) -> float:
     return best
 
 
-def _faster(key: tuple[object, ...], library: Callable[[], Tensor], native: Callable[[], Tensor]) -> Tensor:
-    """The result of the faster one; measured at the first call with a key, remembered in the process."""
+def _faster(key: tuple[object, ...], *candidates: Callable[[], Tensor]) -> Tensor:
+    """The result of the fastest; measured at the first call with a key, remembered in the process.
+
+    With ``P2PFAST_TUNE=off`` it is the last one.
+    """
     if key not in _chosen:
         if os.environ.get("P2PFAST_TUNE") == "off":
-            _chosen[key] = 1
+            _chosen[key] = len(candidates) - 1
         else:
-            _chosen[key] = int(_seconds(native) < _seconds(library))
-    return native() if _chosen[key] else library()
+            times = [_seconds(candidate) for candidate in candidates]
+            _chosen[key] = times.index(min(times))
+    return candidates[_chosen[key]]()
 
 
 def _native_fits(x: Tensor, weight: Tensor, stride: int, transposed: bool) -> bool:
@@ -68,7 +74,7 @@ def _native_fits(x: Tensor, weight: Tensor, stride: int, transposed: bool) -> bo
 
 
 def _key(kind: str, x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[object, ...]:
-    return kind, x.shape, weight.shape, x.dtype, geometry, torch.get_num_threads()
+    return kind, x.shape, _channels_last(x), weight.shape, x.dtype, geometry, torch.get_num_threads()
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -94,9 +100,33 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) 
 
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """By the library."""
-    source = padded(x, geometry.padding, geometry.padding_mode)
-    return _library_backward(grad, source, weight, geometry, 1)
+    """The gradient for the weight from the output's gradient and the input.
+
+    By the library as the tensors lie, by the library from contiguous copies (its kernels for channels_last
+    may be several times slower), or by minimal filtering.
+    """
+    g = geometry
+    source = padded(x, g.padding, g.padding_mode)
+
+    def library() -> Tensor:
+        return _library_backward(grad, source, weight, g, 1)
+
+    def planes() -> Tensor:
+        return _library_backward(grad.contiguous(), source.contiguous(), weight, g, 1)
+
+    def minimal() -> Tensor:
+        full = F.pad(source, [g.zeros] * 4) if g.zeros else source
+        return minimal_filtering(grad, full).to(weight.dtype)
+
+    candidates = [library]
+    if _channels_last(grad) or _channels_last(source):
+        candidates.append(planes)
+    channels = min(weight.shape[:2])
+    if g.stride == 1 and not g.transposed and tuple(weight.shape[2:]) == (3, 3) and channels >= 16:
+        candidates.append(minimal)
+    if len(candidates) == 1:
+        return library()
+    return _faster(_key("weight", grad, weight, g), *candidates)
 
 
 def _library_backward(grad: Tensor, source: Tensor, weight: Tensor, g: Geometry, which: int) -> Tensor:
