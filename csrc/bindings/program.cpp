@@ -128,6 +128,8 @@ ConvArgs read_conv(const py::dict& dict) {
   a.workspace = f.pointer<void>("workspace");
   a.block = f.get<int>("block", 0);
   a.group = f.get<int>("group", 0);
+  a.uniform = f.pointer<const uint8_t>("uniform");
+  a.out_uniform = f.pointer<uint8_t>("out_uniform");
   f.done();
   check(a);
   return a;
@@ -145,6 +147,10 @@ ConvStep read_conv_step(int algorithm, const py::dict& dict) {
   if (const char* reason = conv_kernel(step.algorithm).refuses(step.args))
     throw std::invalid_argument(reason);
   const ConvArgs& a = step.args;
+  const bool skips =
+      step.algorithm == ConvAlgorithm::kWinograd || step.algorithm == ConvAlgorithm::kWinograd2;
+  if (a.out_uniform && (!a.uniform || !skips))
+    throw std::invalid_argument("out_uniform needs uniform and the algorithm winograd or winograd2");
   bool complete = a.out.data && a.workspace && (a.partial == nullptr) == (a.count == nullptr);
   for (int i = 0; i < a.sources; ++i) complete = complete && a.source[i].data;
   complete =
@@ -250,6 +256,7 @@ LabelConvArgs read_label_conv(const py::dict& dict) {
   a.out = f.pointer<void>("out");
   a.out_bf16 = f.need<bool>("out_bf16");
   a.partials = f.pointer<float>("partials");
+  a.uniform = f.pointer<uint8_t>("uniform");
   a.scratch = f.pointer<void>("scratch");
   f.done();
   label_conv_check(a.shape);

@@ -71,6 +71,11 @@ struct ConvArgs {
   void* workspace;
   int32_t block;  // size parameter of the algorithm (tiles or pixels of a block)
   int32_t group;  // output channels of a task
+  // Where the input is one vector of channels for each label (but for rounding): images x height x width
+  // labels, 255 for any other pixel. The packed Winograd algorithms compute one tile of each label and copy
+  // it. Null: nothing is known.
+  const uint8_t* uniform;
+  uint8_t* out_uniform;  // the same of the output, or null; only with uniform
 };
 
 enum class ConvAlgorithm : int32_t {

@@ -57,6 +57,8 @@ void bind(ConvStep& step, const Binder& to) {
   to(a.partial);
   to(a.count);
   to(a.workspace);
+  to(a.uniform);
+  to(a.out_uniform);
 }
 void bind(StatisticsArgs& a, const Binder& to) {
   to(a.source);

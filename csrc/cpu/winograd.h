@@ -35,6 +35,10 @@ struct Winograd {
   const int64_t tiles = static_cast<int64_t>(tiles_y) * tiles_x;
   const int64_t block_lda = spread(channels);
   const int out_channels = static_cast<int>(round_up(args.out_channels, kLanes));
+  // Where not all tiles of an image are computed: those that are. Tile t of the functions below is then
+  // list[t]; see winograd_skip.h.
+  const int32_t* list = nullptr;
+  int64_t listed(int64_t t) const { return list ? list[t] : t; }
 
   // Panels of weights: all full but the last.
   static int panel_vectors(int columns_left) { return min2(kPanelVectors, columns_left / kLanes); }
@@ -279,7 +283,8 @@ struct Winograd {
           bias[v][l] = args.bias[c0 + g + v * kLanes + l];
       }
       for (int t = 0; t < count; ++t) {
-        const int ty = static_cast<int>((first + t) / tiles_x), tx = static_cast<int>((first + t) % tiles_x);
+        const int64_t tile = listed(first + t);
+        const int ty = static_cast<int>(tile / tiles_x), tx = static_cast<int>(tile % tiles_x);
         const bool whole =
             plain && (ty + 1) * S::kStepOut <= args.out_height && (tx + 1) * S::kStepOut <= args.out_width;
         for (int v = 0; v < vectors;) {
@@ -324,8 +329,12 @@ struct Winograd {
   template <class F>
   void for_pieces(int64_t first, int64_t count, F&& f) const {
     for (int64_t t = first; t < first + count;) {
-      const int ty = static_cast<int>(t / tiles_x), tx = static_cast<int>(t % tiles_x);
-      const int n = static_cast<int>(min2<int64_t>(min2<int64_t>(kPiece, tiles_x - tx), first + count - t));
+      const int64_t tile = listed(t);
+      const int ty = static_cast<int>(tile / tiles_x), tx = static_cast<int>(tile % tiles_x);
+      const int most =
+          static_cast<int>(min2<int64_t>(min2<int64_t>(kPiece, tiles_x - tx), first + count - t));
+      int n = list ? 1 : most;
+      while (n < most && list[t + n] == tile + n) ++n;
       f(ty, tx, n, t - first);
       t += n;
     }
@@ -362,27 +371,33 @@ struct Winograd {
   }
 
   void run_blocks() const {
-    const int64_t per_image = blocks();
-    const int64_t share = block_workspace(1);
-    const int64_t v_stride = v_point(block_tiles()), sums_stride = sum_stride(block_tiles());
+    const int64_t per_image = blocks(), share = block_workspace(1);
     parallel_for(args.images * per_image, [&](int64_t task, int worker) {
-      Carver carver{static_cast<char*>(args.workspace) + worker * share};
-      const BlockScratch scratch = carve_block(carver);
       const int64_t image = task / per_image, block = task % per_image, first = block * block_tiles();
       const int count = static_cast<int>(min2<int64_t>(block_tiles(), tiles - first));
-      for_pieces(first, count, [&](int ty, int tx, int n, int64_t at) {
-        for (int c0 = 0; c0 < channels; c0 += kChunk)
-          transform_input(image, ty, tx, n, c0, min2(kChunk, channels - c0), scratch.window,
-                          scratch.v + at * block_lda + c0, block_lda, v_stride);
-      });
-      for (int c0 = 0; c0 < out_channels; c0 += block_group()) {
-        const int width = min2(block_group(), out_channels - c0);
-        multiply(scratch.v, kDepth, block_lda, v_stride, count,
-                 args.packed + static_cast<int64_t>(c0) * channels,
-                 static_cast<int64_t>(channels) * out_channels, width, scratch.sums, sums_stride);
-        store_any_tiles(image, first, count, c0, width, scratch.sums, sums_stride, block, per_image);
-      }
+      run_block(static_cast<char*>(args.workspace) + worker * share, image, first, count, block, per_image);
     });
+  }
+
+  // Tiles [first, first + count) of an image, at most block_tiles() of them, as part `part` of its
+  // statistics.
+  void run_block(char* workspace, int64_t image, int64_t first, int count, int64_t part,
+                 int64_t parts) const {
+    Carver carver{workspace};
+    const BlockScratch scratch = carve_block(carver);
+    const int64_t v_stride = v_point(block_tiles()), sums_stride = sum_stride(block_tiles());
+    for_pieces(first, count, [&](int ty, int tx, int n, int64_t at) {
+      for (int c0 = 0; c0 < channels; c0 += kChunk)
+        transform_input(image, ty, tx, n, c0, min2(kChunk, channels - c0), scratch.window,
+                        scratch.v + at * block_lda + c0, block_lda, v_stride);
+    });
+    for (int c0 = 0; c0 < out_channels; c0 += block_group()) {
+      const int width = min2(block_group(), out_channels - c0);
+      multiply(scratch.v, kDepth, block_lda, v_stride, count,
+               args.packed + static_cast<int64_t>(c0) * channels,
+               static_cast<int64_t>(channels) * out_channels, width, scratch.sums, sums_stride);
+      store_any_tiles(image, first, count, c0, width, scratch.sums, sums_stride, part, parts);
+    }
   }
   static constexpr int kDepth = 256;  // channels a product accumulates in registers: 16 KB of weights
 
@@ -559,6 +574,10 @@ double multiplications(const ConvArgs& args) {
   return with_scheme<kSmall>(args, [&]<class S>() { return Winograd<S>{args}.multiplications(); });
 }
 
+// Blocks of tiles without those of one label, in winograd_skip.h.
+template <class S>
+struct Skipping;
+
 // args.block tiles at a time, or all of them where it is 0.
 template <bool kSmall>
 constexpr ConvKernel packed_winograd() {
@@ -568,12 +587,14 @@ constexpr ConvKernel packed_winograd() {
           [](const ConvArgs& args, int threads) {
             return with_scheme<kSmall>(args, [&]<class S>() {
               const Winograd<S> w{args};
+              if (args.uniform) return Skipping<S>{args}.workspace(threads);
               return args.block ? w.block_workspace(threads) : w.template stream_workspace<true>(threads);
             });
           },
           [](const ConvArgs& args) {
             return with_scheme<kSmall>(args, [&]<class S>() {
               const Winograd<S> w{args};
+              if (args.uniform) return Skipping<S>{args}.parts();
               return args.block ? w.blocks() : w.stream_parts();
             });
           },
@@ -581,6 +602,7 @@ constexpr ConvKernel packed_winograd() {
           [](const ConvArgs& args) {
             with_scheme<kSmall>(args, [&]<class S>() {
               const Winograd<S> w{args};
+              if (args.uniform) return Skipping<S>{args}.run();
               args.block ? w.run_blocks() : w.template run_stream<true>();
             });
           }};

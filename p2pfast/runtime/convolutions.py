@@ -62,10 +62,11 @@ class Convolutions(Tensors):
         chosen = self.chosen.get(op.name, found[0])
         fixed.update(block=chosen.block, group=chosen.group)
         pretend.update(block=chosen.block, group=chosen.group)
+        addresses: dict[str, Address] = {"workspace": self._at(self.workspace)}
+        skips = self._skip_labels(op, chosen, pretend, addresses)
         info = _C.conv_info(chosen.algorithm, pretend)
         self.workspace.bytes = max(self.workspace.bytes, info["workspace_bytes"])
 
-        addresses: dict[str, Address] = {"workspace": self._at(self.workspace)}
         if info["packed_floats"]:
             addresses["packed"] = self._packed(op.path, module, chosen, pretend, info["packed_floats"])
         else:
@@ -82,6 +83,8 @@ class Convolutions(Tensors):
             sum(4.0 * n * self._shape(v.base)[1] * base[2] * base[3] for v in op.inputs) + 4.0 * n * c * h * w
         )
         detail = f"{in_channels}→{c} {kernel_h}×{kernel_w} s{module.stride[0]} @{h}×{w}"
+        if skips:
+            detail += ", one-label tiles copied"
         self._report(Report(op.name, chosen.name, detail, info["multiplications"], moved))
         algorithm = chosen.algorithm
 
@@ -92,6 +95,21 @@ class Convolutions(Tensors):
         self._add(build)
         if statistics:
             self._merge(op.out, partial, self._at(count), parts)
+
+    def _skip_labels(
+        self, op: ConvOp, chosen: choices.Choice, args: dict[str, Any], addresses: dict[str, Address]
+    ) -> bool:
+        """Whether regions of one label are computed once: where the input has a map of them and the algorithm
+        uses it. The output has such regions in turn."""
+        ask = self.stored[op.inputs[0].base].uniform
+        packed = chosen.algorithm in (choices.WINOGRAD, choices.WINOGRAD2) and chosen.block > 0
+        planar = args["out"]["channel_stride"] != 1
+        if ask is None or len(op.inputs) > 1 or not packed or planar:
+            return False
+        addresses["uniform"] = self._at(ask())
+        args["uniform"] = 1
+        self._offer_uniform(op.out, addresses, "out_uniform")
+        return True
 
     def _fold_activation(self, op: ConvOp) -> None:
         """An activation that every reader wants, with no normalisation before it, is done on the way out."""

@@ -8,7 +8,7 @@ import torch
 
 from p2pfast import _C
 from p2pfast.fuse.graph import LabelConvOp
-from p2pfast.runtime.builder import channel_stride
+from p2pfast.runtime.builder import Address, channel_stride
 from p2pfast.runtime.memory import Buffer
 from p2pfast.runtime.plan import LabelInput, Report
 from p2pfast.runtime.tensors import Tensors
@@ -57,7 +57,7 @@ class LabelConvolutions(Tensors):
 
         packed = self._constant(layout.packed_floats, tensors, fill)
         scratch = self._buffer(layout.scratch_bytes)
-        addresses = {
+        addresses: dict[str, Address] = {
             "labels": lambda: _C.slot_address(entry.labels, 0),
             "packed": packed,
             "out": self._at(out.buffer),
@@ -69,6 +69,8 @@ class LabelConvolutions(Tensors):
         if statistics:
             partial = self._buffer(4 * n * bands * 2 * channel_stride(c))
             addresses["partials"] = self._at(partial)
+        if labels.num_classes < 256:
+            self._offer_uniform(op.out, addresses, "uniform")
         fixed = {**shape, "out_bf16": out.dtype == torch.bfloat16}
         detail = (
             f"{labels.num_channels}→{c} {module.kernel_size[0]}×{module.kernel_size[1]} from labels @{h}×{w}"

@@ -20,6 +20,9 @@ class Stored:
     strides: tuple[int, int, int, int]  # of image, channel, row and pixel, in elements
     buffer: Buffer
     origin: str = ""  # the outside tensor's name
+    # Asks the step that makes it for a map of the pixels that are one vector for each label; None if there is
+    # no such map. See ``uniform`` in csrc/cpu/conv.h.
+    uniform: Callable[[], Buffer] | None = None
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from p2pfast import _C
 from p2pfast.fuse.graph import Norm, View
 from p2pfast.runtime.builder import DTYPES, Address, Builder, act_fields, channel_stride
 from p2pfast.runtime.memory import Buffer
@@ -55,6 +56,22 @@ class Tensors(Builder):
         data = self._at(stored.buffer)
         fixed = self._layout(stored)
         return lambda: {**fixed, "data": data()}
+
+    def _offer_uniform(self, base: int, addresses: dict[str, Address], name: str) -> None:
+        """Lets readers of ``base``, made by the step that is being lowered, ask it for its map of labels."""
+        step = self.step
+        n, _, h, w = self._shape(base)
+        made: list[Buffer] = []
+
+        def ask() -> Buffer:
+            if not made:
+                made.append(self._buffer(n * h * w))
+                made[0].touch(step)
+                buffer = made[0]
+                addresses[name] = lambda: _C.slot_address(buffer.slot, buffer.offset)
+            return made[0]
+
+        self.stored[base].uniform = ask
 
     # --- normalisation -----------------------------------------------------------------------------
 

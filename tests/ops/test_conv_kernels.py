@@ -254,10 +254,12 @@ class Layer:
             "group": c.group,
         }
 
-    def run(self, algorithm: str, statistics: bool = True) -> Result:
+    def run(
+        self, algorithm: str, extra: dict[str, Any] | None = None, *, statistics: bool = True
+    ) -> Result:
         c, number = self.case, ALGORITHMS.index(algorithm)
         out = strided(self.alloc, (c.images, c.out_channels, *c.out_size), c.out_layout, c.dtype)
-        call = self.call(out)
+        call = self.call(out) | (extra or {})
         info = _C.conv_info(number, call)
         assert info["refuses"] is None
         packed = self.alloc(max(1, info["packed_floats"]))

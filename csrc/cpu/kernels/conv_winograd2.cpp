@@ -1,4 +1,5 @@
 #include "cpu/winograd.h"
+#include "cpu/winograd_skip.h"
 
 namespace p2pfast::P2PFAST_LEVEL {
 
