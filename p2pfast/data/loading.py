@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,9 +88,9 @@ def _collate(samples: Sequence[Sample | InputError]) -> Sample | InputError:
 
 
 def _quiet(_worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the main one ends the workers, with SIGTERM.
+    # Ctrl-C and a scheduler's SIGTERM reach every process; the main one finishes its step and ends these.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def load(
@@ -102,7 +102,7 @@ def load(
     rank: int = 0,
     workers: int = 0,
     pin_memory: bool = False,
-) -> Iterator[Sample]:
+) -> Generator[Sample, None, None]:
     """Collated batches for the rest of a run, loaded ahead by ``workers`` processes (0: in this one).
 
     Raises InputError, with the file's name, when a batch with an unreadable file is due.

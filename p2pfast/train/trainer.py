@@ -213,11 +213,12 @@ class _Run:
                 pin_memory=self.place.device.type == "cuda",
             )
             interrupted = False
-            try:
+            try:  # the loading processes end here, not when Python collects them
                 while self.step < self.steps and not interrupted:
                     losses, interrupted = self._one_step(batches, recorder, stop.is_set())
                 self._save("latest")
             finally:
+                batches.close()
                 if recorder is not None:
                     recorder.close()
         return Outcome(self.folder, self.step, self.steps, interrupted, losses)

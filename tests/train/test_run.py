@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -79,6 +80,13 @@ def test_what_a_run_writes(tiny: Tiny) -> None:
         assert picture.size == (32, 32)
 
 
+def terminate_all() -> None:
+    """As a scheduler does, which signals every process of a job."""
+    for process in [child.pid for child in multiprocessing.active_children()] + [os.getpid()]:
+        assert process is not None
+        os.kill(process, signal.SIGTERM)
+
+
 def test_a_stopped_run_ends_like_an_unbroken_one(tiny: Tiny) -> None:
     """Dropout, image pool, moving average, loss scaling, accumulation and worker processes included."""
     options: dict[str, Any] = {
@@ -93,8 +101,7 @@ def test_a_stopped_run_ends_like_an_unbroken_one(tiny: Tiny) -> None:
     }
     whole, broken = tiny("pix2pix", **options), tiny("pix2pix", **options)
     train(whole)
-    # Ctrl-C finishes the step and saves.
-    outcome = train(broken, At(3, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    outcome = train(broken, At(3, terminate_all))
     assert outcome.interrupted and outcome.step in (3, 4) and outcome.steps == 8
     assert train(dataclasses.replace(broken, continue_train=True)).step == 8
     assert_same_run(whole, broken)
