@@ -1,4 +1,4 @@
-"""From a module to a fused graph: trace with torch.fx, then match conv-norm-activation chains.
+"""From a traced module to a fused graph: match conv-norm-activation chains.
 
 Matching walks the traced nodes in order and keeps, for every node, a value whose normalisation,
 activation and padding are still pending; a convolution takes the pending work of its inputs with it.
@@ -7,7 +7,7 @@ What cannot be taken is stored first, and what is not understood runs as it did.
 
 from __future__ import annotations
 
-import operator
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -22,6 +22,7 @@ from p2pfast.fuse.graph import (
     ApplyOp,
     Concat,
     ConvOp,
+    Derived,
     ForeignOp,
     Graph,
     ImportOp,
@@ -34,235 +35,91 @@ from p2pfast.fuse.graph import (
     View,
     map_views,
 )
+from p2pfast.fuse.layers import ConvLayer, NormLayer, attribute, computed_weight
+from p2pfast.fuse.operators import Call, changes_in_place, describe_function, describe_module, pair
+from p2pfast.fuse.shapes import is_channels_last
+from p2pfast.fuse.trace import Traced, has_hooks
 from p2pfast.labelmap import LabelMap
 
 ON_LOAD = ("relu", "leaky_relu")  # activations that a kernel applies while it reads its input
 LABEL_KERNEL_LIMIT = 7
 LABEL_CLASS_LIMIT = 256
+NOT_AN_IMAGE = "the input is not a float image on the CPU"
+NOT_PLAIN = "the input is padded, concatenated or not a float image on the CPU"
 
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-class _Tracer(fx.Tracer):
-    """Keeps modules with hooks whole, so that the hooks run."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
-
-
-def trace(module: nn.Module) -> fx.GraphModule:
-    """The module as a torch.fx graph. Raises what torch.fx raises for control flow it cannot follow."""
-    tracer = _Tracer()
-    return fx.GraphModule(module, tracer.trace(module))
-
-
-class _Unknown:
-    """The shape of a value that only running can tell."""
-
-
-_UNKNOWN = _Unknown()
-
-
-def _is_channels_last(tensor: torch.Tensor) -> bool:
-    n, c, h, w = tensor.shape
-    return tensor.stride() == (c * h * w, 1, c * w, c) and tensor.stride() != (c * h * w, h * w, w, 1)
-
-
-def _like(tensor: torch.Tensor, height: int, width: int, channels: int | None = None) -> torch.Tensor:
-    layout = torch.channels_last if _is_channels_last(tensor) else torch.contiguous_format
-    n, c = tensor.shape[:2]
-    return torch.empty((n, channels or c, height, width), dtype=tensor.dtype, memory_format=layout)
-
-
-def _module_shape(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-    """The result of the commonest modules; None where PyTorch itself is asked, or has an error to raise.
-
-    PyTorch's own shape rules for these import its compiler, which takes seconds.
-    """
-    if _activation(module) is not None:
-        return x
-    if x.dim() != 4:
-        return None
-    n, c, h, w = x.shape
-    if type(module) is nn.InstanceNorm2d and h * w > 1:
-        return torch.empty(x.shape, dtype=x.dtype)
-    if type(module) is nn.BatchNorm2d and n * h * w > 1 and module.num_features == c:
-        return x
-    if type(module) in _PAD_MODULES:
-        left, right, top, bottom = (int(p) for p in module.padding)  # type: ignore[union-attr]
-        reflects = type(module) is nn.ReflectionPad2d
-        if min(left, right, top, bottom) < 0 or (
-            reflects and (max(left, right) >= w or max(top, bottom) >= h)
-        ):
-            return None
-        return _like(x, h + top + bottom, w + left + right)
-    if type(module) in (nn.Conv2d, nn.ConvTranspose2d) and not isinstance(module.padding, str):
-        return _conv_shape(module, x)
-    if type(module) is nn.AvgPool2d and not module.ceil_mode:
-        kernel, stride, pad = _pair(module.kernel_size), _pair(module.stride), _pair(module.padding)
-        size = [(s + 2 * p - k) // t + 1 for s, p, k, t in zip((h, w), pad, kernel, stride, strict=True)]
-        return _like(x, size[0], size[1]) if min(size) > 0 else None
-    return None
-
-
-def _conv_shape(module: Any, x: torch.Tensor) -> torch.Tensor | None:
-    size = []
-    for i in range(2):
-        kernel, stride, pad = module.kernel_size[i], module.stride[i], module.padding[i]
-        reach = module.dilation[i] * (kernel - 1) + 1
-        if isinstance(module, nn.ConvTranspose2d):
-            size.append((x.shape[2 + i] - 1) * stride - 2 * pad + reach + module.output_padding[i])
-        else:
-            size.append((x.shape[2 + i] + 2 * pad - reach) // stride + 1)
-    if x.shape[1] != module.in_channels or x.dtype != module.weight.dtype or min(size) <= 0:
-        return None
-    if module.padding_mode == "reflect" and (
-        module.padding[0] >= x.shape[2] or module.padding[1] >= x.shape[3]
-    ):
-        return None
-    return _like(x, size[0], size[1], module.out_channels)
-
-
-class _Shapes(fx.Interpreter):
-    """Runs a traced module on meta tensors. An operation that cannot run there has no known shape: it
-    is left to PyTorch, which also raises what it has to say about it."""
-
-    def __init__(self, traced: fx.GraphModule) -> None:
-        super().__init__(traced, garbage_collect_values=False)
-        self.twins: dict[int, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result: Any = _UNKNOWN
-        if not any(self.env.get(source) is _UNKNOWN for source in n.all_input_nodes):
-            try:
-                result = super().run_node(n)
-            except Exception:
-                result = _UNKNOWN
-        if isinstance(result, torch.Tensor):
-            n.meta["val"] = result
-        return result
-
-    def _meta(self, value: Any) -> Any:
-        if id(value) not in self.twins:
-            self.twins[id(value)] = torch.empty_like(value, device="meta")
-        return self.twins[id(value)]
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        module = self.fetch_attr(target)
-        if not kwargs and len(args) == 1 and isinstance(args[0], torch.Tensor):
-            known = _module_shape(module, args[0])
-            if known is not None:
-                return known
-        state = {name: self._meta(p) for name, p in [*module.named_parameters(), *module.named_buffers()]}
-        return torch.func.functional_call(module, state, args, kwargs)
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if (
-            target in _ADDITIONS
-            and len(args) == 2
-            and not kwargs
-            and all(isinstance(a, torch.Tensor) for a in args)
-        ):
-            if args[0].shape == args[1].shape and args[0].dtype == args[1].dtype:
-                return args[0]
-        if target in _FUNCTIONAL_ACTS and isinstance(args[0], torch.Tensor):
-            return args[0]
-        return super().call_function(target, args, kwargs)
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = self.fetch_attr(target)
-        return self._meta(value) if isinstance(value, torch.Tensor) else value
-
-
-def propagate_shapes(traced: fx.GraphModule, inputs: dict[str, Any], dtype: torch.dtype | None) -> None:
-    """Notes every tensor's shape and layout as a meta tensor in ``node.meta["val"]``.
-
-    Shapes do not depend on the precision, so floating-point inputs take the parameters' dtype.
-    """
-
-    def example(value: Any) -> Any:
-        if isinstance(value, LabelMap):
-            return torch.empty(value.shape, dtype=dtype or torch.float32, device="meta")
-        if isinstance(value, torch.Tensor):
-            kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
-            return torch.empty_like(value, device="meta", dtype=kind)
-        return value
-
-    for node in traced.graph.nodes:
-        node.meta.pop("val", None)
-    examples = []
-    for node in traced.graph.nodes:
-        if node.op == "placeholder":
-            examples.append(example(inputs[node.name] if node.name in inputs else node.args[0]))
-    with torch.no_grad(), torch.device("meta"):
-        _Shapes(traced).run(*examples)
-
-
-def _activation(module: nn.Module) -> Act | None:
-    if isinstance(module, nn.LeakyReLU):
-        return Act("leaky_relu", float(module.negative_slope))
-    if isinstance(module, nn.ELU):
-        return Act("elu", float(module.alpha))
-    if isinstance(module, nn.GELU):
-        return Act("gelu") if module.approximate == "none" else None
-    kinds: dict[type[nn.Module], str] = {
-        nn.ReLU: "relu",
-        nn.Tanh: "tanh",
-        nn.Sigmoid: "sigmoid",
-        nn.SiLU: "silu",
-    }
-    kind = kinds.get(type(module))
-    return Act(kind) if kind else None
-
-
-_ADDITIONS = (operator.add, operator.iadd, torch.add)
-
-_FUNCTIONAL_ACTS: dict[Any, str] = {
-    F.relu: "relu",
-    torch.relu: "relu",
-    torch.relu_: "relu",
-    torch.tanh: "tanh",
-    F.tanh: "tanh",
-    torch.sigmoid: "sigmoid",
-    F.sigmoid: "sigmoid",
-    F.silu: "silu",
-    "relu": "relu",
-    "relu_": "relu",
-    "tanh": "tanh",
-    "tanh_": "tanh",
-    "sigmoid": "sigmoid",
-    "sigmoid_": "sigmoid",
+# Functions of parameters alone that give a weight: they are computed when a parameter changes.
+_PURE = {
+    *("_weight_norm", "abs", "add", "alias", "clone", "contiguous", "detach", "div", "dot", "exp", "expand"),
+    *(
+        "flatten",
+        "flip",
+        "float",
+        "getattr",
+        "linalg_vector_norm",
+        "matmul",
+        "mean",
+        "mm",
+        "mul",
+        "mv",
+        "neg",
+    ),
+    *("neg", "norm", "normalize", "permute", "pow", "reciprocal", "repeat", "reshape", "rot90", "rsqrt"),
+    *(
+        "softplus",
+        "sqrt",
+        "square",
+        "squeeze",
+        "std",
+        "sub",
+        "sum",
+        "t",
+        "to",
+        "transpose",
+        "true_divide",
+        "truediv",
+    ),
+    *("type_as", "unsqueeze", "var", "vdot", "vector_norm", "view"),
 }
 
-_PAD_MODULES: dict[type[nn.Module], str] = {
-    nn.ReflectionPad2d: "reflect",
-    nn.ReplicationPad2d: "replicate",
-    nn.ZeroPad2d: "zeros",
-}
-_PAD_MODES = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate"}
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+_NEW_MODULES = tuple(
+    f"torch.nn.modules.{name}"
+    for name in ("conv", "batchnorm", "instancenorm", "normalization", "linear", "pooling", "upsampling")
+)
 
 
 class Matcher:
-    """Builds a :class:`Graph` from a traced module whose nodes carry meta tensors."""
+    """Builds a :class:`Graph` from a traced module whose nodes carry meta tensors.
 
-    def __init__(self, traced: fx.GraphModule, inputs: dict[str, Any]) -> None:
-        self.traced = traced
-        self.inputs = inputs
+    ``inputs`` are the values of placeholders by name; placeholders in ``state`` are parameters and buffers.
+    """
+
+    def __init__(
+        self,
+        traced: Traced,
+        inputs: dict[str, Any],
+        state: dict[str, Derived],
+    ) -> None:
+        self.traced, self.root = traced, traced.root
+        self.inputs, self.state, self.whole = inputs, state, traced.opaque
         self.graph = Graph()
         self.values: dict[fx.Node, Any] = {}
-        self.modules = dict(traced.named_modules())
         self.imported: dict[fx.Node, View] = {}
+        self.copies: dict[View, Opaque] = {}  # of stored views, in PyTorch's layout
+        self.fresh: set[str] = set()  # values outside the graph that nothing else is a view of
+        self.calls = Counter(str(n.target) for n in traced.graph.nodes if n.op == "call_module")
+        self.writes = any(self._writes(n) for n in traced.graph.nodes)
+        self.changed = {
+            source for n in traced.graph.nodes if changes_in_place(n) for source in n.all_input_nodes
+        }
+
+    def _module(self, node: fx.Node) -> nn.Module:
+        return self.traced.fetch(str(node.target))
+
+    def _writes(self, node: fx.Node) -> bool:
+        """Whether an operation may write to its arguments."""
+        if node.op == "call_module":
+            return bool(getattr(self._module(node), "inplace", False))
+        return changes_in_place(node)
 
     def run(self) -> Graph:
         for node in self.traced.graph.nodes:
@@ -271,8 +128,8 @@ class Matcher:
             elif node.op == "placeholder":
                 self._placeholder(node)
             elif node.op == "get_attr":
-                self._foreign(node, "a parameter or buffer used directly")
-            else:
+                self._attribute(node)
+            elif not self._expression(node):
                 self._operation(node)
         return self.graph
 
@@ -295,6 +152,9 @@ class Matcher:
         )
 
     def _placeholder(self, node: fx.Node) -> None:
+        if node.name in self.state:
+            self.values[node] = self.state[node.name]
+            return
         self.graph.inputs.append(node.name)
         value = self.inputs.get(node.name)
         fits = (
@@ -302,11 +162,45 @@ class Matcher:
         )
         self.values[node] = Labels(node.name, 0) if fits else Opaque(node.name)
 
+    def _attribute(self, node: fx.Node) -> None:
+        path = str(node.target)
+        if isinstance(self.traced.fetch(path), torch.Tensor):
+            self.values[node] = attribute(self.traced, path)
+            return
+        name = f"attribute_{node.name}"
+        fetch = self.traced.fetch
+        self.graph.ops.append(ForeignOp(name, -1, fetch, (path,), {}, "an attribute used directly"))
+        self.values[node] = Opaque(name)
+
+    def _expression(self, node: fx.Node) -> bool:
+        """Keeps what depends on parameters alone as an expression of them."""
+        sources = node.all_input_nodes
+        name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
+        if not sources or node.op == "call_module" or name not in _PURE or changes_in_place(node):
+            return False
+        if not all(isinstance(self.values[s], Derived) and s not in self.changed for s in sources):
+            return False
+        if not isinstance(node.meta.get("val"), torch.Tensor):
+            return False
+        operands: list[Derived] = [self.values[s] for s in sources]
+        target: Any = _Method(node.target) if node.op == "call_method" else node.target
+        args, kwargs = self._resolve(node.args), self._resolve(node.kwargs)
+
+        def fetch() -> Any:
+            filled = map_views((args, kwargs), lambda v: v.fetch() if isinstance(v, Derived) else v)
+            return target(*filled[0], **filled[1])
+
+        text = fx.node.map_arg((node.args, node.kwargs), lambda n: self.values[n].name)
+        self.values[node] = Derived(
+            f"{name}{text}", fetch, lambda: [root for operand in operands for root in operand.roots()]
+        )
+        return True
+
     def _view(self, value: Any, node: fx.Node) -> View | None:
         """``value`` of argument ``node`` as a single view of the graph, imported if need be."""
         if isinstance(value, View):
             return value
-        if isinstance(value, Concat) or not self._is_image(node):
+        if isinstance(value, (Concat, Derived)) or not self._is_image(node):
             return None
         known = self.imported.get(node)
         if known is None:
@@ -339,12 +233,31 @@ class Matcher:
             name = f"concat_{len(self.graph.ops)}"
             self.graph.ops.append(ForeignOp(name, -1, torch.cat, (parts, 1), {}, "concatenation"))
             return Opaque(name)
+        if isinstance(value, Derived):
+            name = f"parameter_{len(self.graph.ops)}"
+            self.graph.ops.append(ForeignOp(name, -1, value.fetch, (), {}, "a parameter used directly"))
+            return Opaque(name)
         if isinstance(value, View):
             stored = self._store(value)
             if stored is not value:
                 self._rebind(value, stored)
-            return self._padded(replace(stored, pad=None), value.pad) if value.pad else stored
+            copied = self._copy(stored)
+            return self._padded(copied, value.pad) if value.pad else copied
         return value
+
+    def _copy(self, view: View) -> Opaque:
+        """A stored view as a tensor of its own, in the layout that PyTorch would give it."""
+        if view not in self.copies:
+            meta: Any = next((n.meta["val"] for n, v in self.values.items() if v is view), None)
+            shape = self.graph.bases[view.base].shape
+            fits = meta is not None and tuple(meta.shape) == shape
+            strides = meta.stride() if fits else torch.empty(shape, device="meta").stride()
+            name = f"copy_{len(self.graph.ops)}"
+            bare = View(view.base)
+            call = _Relayout(strides)
+            self.graph.ops.append(ForeignOp(name, -1, call, (bare,), {}, "to PyTorch's layout", copies=True))
+            self.copies[view] = Opaque(name)
+        return self.copies[view]
 
     def _padded(self, value: Any, pad: Padding) -> Opaque:
         name = f"pad_{len(self.graph.ops)}"
@@ -359,7 +272,7 @@ class Matcher:
         if not isinstance(value, View) or value.pad is not None:
             return self._plain(value)
         value = replace(value)
-        if _is_channels_last(node.meta["val"]):
+        if is_channels_last(node.meta["val"]):
             self.graph.channels_last.add(value)
         return value
 
@@ -369,85 +282,137 @@ class Matcher:
             if value is old:
                 self.values[node] = new
 
+    def _before_writing(self) -> None:
+        """Makes what is still to be computed from memory that an unfused operation is about to change."""
+        bases = {view.base for view in self.imported.values()}
+        for node, value in list(self.values.items()):
+            parts = value.parts if isinstance(value, Concat) else (value,)
+            waits = any(user not in self.values for user in node.users)
+            if waits and any(isinstance(p, View) and p.base in bases for p in parts):
+                self._rebind(self.values[node], self._plain(self.values[node]))
+
     # --- operations --------------------------------------------------------------------------------
 
     def _operation(self, node: fx.Node) -> None:
-        if "val" not in node.meta:
-            return self._foreign(node, "its result is no tensor, or its shape depends on data")
+        call: Call | None = None
+        reason: str | None = None
         if node.op == "call_module":
-            module = self.modules[str(node.target)]
-            if _has_hooks(module):
-                return self._foreign(node, "the module has hooks")
-            handler = self._module_handler(module)
-            if handler is not None and len(node.args) == 1 and not node.kwargs:
-                reason = handler(node, module)
-            else:
+            module = self._module(node)
+            if id(module) in self.whole:
+                reason = self.whole[id(module)]
+            elif has_hooks(module):
+                reason = "the module has hooks"
+            elif not isinstance(node.meta.get("val"), torch.Tensor):
+                reason = "its result is no tensor, or its shape depends on data"
+            elif len(node.args) == 1 and not node.kwargs:
+                call = describe_module(module, node.args[0])
+            if call is None and reason is None:
                 reason = f"{type(module).__name__} has no fused kernel"
         else:
-            reason = self._function(node)
+            call = describe_function(node)
+            if not isinstance(node.meta.get("val"), torch.Tensor):
+                call, reason = None, "its result is no tensor, or its shape depends on data"
+            elif call is None:
+                reason = f"{getattr(node.target, '__name__', node.target)} has no fused kernel"
+        if call is not None:
+            reason = self._call(node, call)
         if reason is not None:
             self._foreign(node, reason)
 
-    def _module_handler(self, module: nn.Module) -> Callable[[fx.Node, Any], str | None] | None:
-        kind = type(module)
-        if kind in (nn.Conv2d, nn.ConvTranspose2d):
-            return self._conv
-        if kind in (nn.InstanceNorm2d, nn.BatchNorm2d, nn.GroupNorm):
-            return self._norm
-        if kind in _PAD_MODULES:
-            return self._pad_module
-        if kind is nn.AvgPool2d:
-            return self._pool
-        if kind in (nn.Dropout, nn.Dropout2d):
-            return self._dropout
-        if kind is nn.Identity:
-            return self._identity
-        if _activation(module) is not None:
-            return self._act_module
+    def _call(self, node: fx.Node, call: Call) -> str | None:
+        if call.kind == "cat":
+            return self._cat(node, call)
+        if not isinstance(call.x, fx.Node):
+            return "its input is a constant"
+        if isinstance(self.values[call.x], Derived):
+            return "its input is a parameter"
+        handler: Callable[[fx.Node, Call], str | None] = getattr(self, f"_{call.kind}")
+        if call.inplace:
+            value = self.values[call.x]
+            if isinstance(value, Opaque) and value.node not in self.fresh:
+                return "changes in place what may be read elsewhere"
+        return handler(node, call)
+
+    def _argument(self, call: Call) -> tuple[fx.Node, Any]:
+        return call.x, self.values[call.x]
+
+    def _same(self, node: fx.Node, call: Call) -> str | None:
+        self.values[node] = self._argument(call)[1]
         return None
 
-    def _argument(self, node: fx.Node) -> tuple[fx.Node, Any]:
-        source = node.args[0]
-        if not isinstance(source, fx.Node):
-            raise AssertionError(f"{node} has a constant argument")
-        return source, self.values[source]
+    def _tensor(self, value: Any) -> Derived | None:
+        """An argument that has to be a parameter; raises LookupError for anything else."""
+        if value is None:
+            return None
+        derived = self.values[value] if isinstance(value, fx.Node) else None
+        if not isinstance(derived, Derived):
+            raise LookupError
+        return derived
 
-    def _identity(self, node: fx.Node, module: nn.Module) -> str | None:
-        self.values[node] = self._argument(node)[1]
-        return None
-
-    def _conv(self, node: fx.Node, module: nn.Conv2d | nn.ConvTranspose2d) -> str | None:
-        source, value = self._argument(node)
-        transposed = isinstance(module, nn.ConvTranspose2d)
-        if module.groups != 1:
-            return f"groups={module.groups}: grouped convolutions are left to the library"
-        if _pair(module.dilation) != (1, 1):
-            return f"dilation={module.dilation}: dilated convolutions are left to the library"
-        stride = _pair(module.stride)
+    def _conv_layer(self, node: fx.Node, call: Call) -> tuple[Any, str, str | None]:
+        """The layer of a convolution, the name of its weights, or the reason why it cannot be fused."""
+        o: Any = call.layer if call.layer is not None else _Options(call.options)
+        if o.groups != 1:
+            return o, "", f"groups={o.groups}: grouped convolutions are left to the library"
+        if pair(o.dilation) != (1, 1):
+            return o, "", f"dilation={o.dilation}: dilated convolutions are left to the library"
+        stride = pair(o.stride)
         if stride[0] != stride[1]:
-            return f"stride={stride}: different strides are left to the library"
-        if isinstance(module.padding, str):
-            return f"padding={module.padding!r}: named paddings are left to the library"
-        if "weight" not in module._parameters:
-            return "the weight is computed (weight_norm, spectral_norm, parametrisation)"
-        if max(_pair(module.kernel_size)) > 16:
-            return f"kernel_size={module.kernel_size}: kernels above 16 are left to the library"
-        own = _pair(module.padding)
-        mode = module.padding_mode
-        if mode == "circular":
-            return "circular padding is left to the library"
-        if transposed and stride[0] > 4:
-            return f"stride={stride}: transposed strides above 4 are left to the library"
+            return o, "", f"stride={stride}: different strides are left to the library"
+        if isinstance(o.padding, str):
+            return o, "", f"padding={o.padding!r}: named paddings are left to the library"
+        if call.options["transposed"] and stride[0] > 4:
+            return o, "", f"stride={stride}: transposed strides above 4 are left to the library"
+        o_mode = getattr(o, "padding_mode", "zeros")
+        if o_mode == "circular":
+            return o, "", "circular padding is left to the library"
+        bias: Derived | None
+        if call.layer is not None:
+            path = str(node.target)
+            if max(pair(o.kernel_size)) > 16:
+                return o, "", f"kernel_size={o.kernel_size}: kernels above 16 are left to the library"
+            if "weight" in o._parameters and "parametrizations" not in o._modules:
+                return o, path, None
+            if "bias" not in o._parameters:
+                return o, "", "the bias is no parameter"
+            weight, before, reason = computed_weight(o, path, self.calls[path])
+            if weight is None:
+                return o, "", reason
+            if before is not None:
+                self.graph.before.append(before)
+            bias = None if o.bias is None else attribute(self.traced, f"{path}.bias")
+        else:
+            try:
+                weight, bias = self._tensor(call.options["weight"]), self._tensor(call.options["bias"])
+            except LookupError:
+                return o, "", "its weight depends on data"
+            assert weight is not None
+            if max(call.options["weight"].meta["val"].shape[2:]) > 16:
+                return o, "", "kernels above 16 are left to the library"
+        kind = f"{'transposed ' if call.options['transposed'] else ''}s{stride[0]}"
+        name = f"{weight.name} {kind}"
+        layer = ConvLayer(weight, bias, {"transposed": call.options["transposed"], "stride": stride})
+        key = f"{name} {'' if bias is None else bias.name}"
+        self.graph.layers.setdefault(key, layer)
+        return o, key, None
+
+    def _conv(self, node: fx.Node, call: Call) -> str | None:
+        source, value = self._argument(call)
+        layer, path, reason = self._conv_layer(node, call)
+        if reason is not None:
+            return reason
+        transposed = bool(call.options["transposed"])
+        own, mode = pair(layer.padding), getattr(layer, "padding_mode", "zeros")
         if isinstance(value, Labels):
-            reason = self._label_conv(node, module, value)
+            reason = self._label_conv(node, call, layer, path, value)
             if reason is None:
                 return None
-            self.graph.notes.append((str(node.target), f"{reason}; it takes the dense tensor"))
+            self.graph.notes.append((path, f"{reason}; it takes the dense tensor"))
         parts = value.parts if isinstance(value, Concat) else None
         if parts is None:
             view = self._view(value, source)
             if view is None:
-                return "the input is not a float image on the CPU"
+                return NOT_AN_IMAGE
             parts = (view,)
         if len(parts) > 2:
             return "more than two concatenated inputs"
@@ -464,7 +429,7 @@ class Matcher:
                 node.name,
                 base,
                 parts,
-                str(node.target),
+                path,
                 used_mode,
                 own[0] + (pad.top if pad else 0),
                 own[1] + (pad.left if pad else 0),
@@ -473,15 +438,16 @@ class Matcher:
         self.values[node] = View(base)
         return None
 
-    def _label_conv(self, node: fx.Node, module: Any, labels: Labels) -> str | None:
-        kernel, own = _pair(module.kernel_size), _pair(module.padding)
-        if isinstance(module, nn.ConvTranspose2d) or kernel[0] != kernel[1] or kernel[0] % 2 == 0:
+    def _label_conv(self, node: fx.Node, call: Call, layer: Any, path: str, labels: Labels) -> str | None:
+        module = self.graph.layers.get(path, layer)
+        kernel, own = pair(module.kernel_size), pair(layer.padding)
+        if call.options["transposed"] or kernel[0] != kernel[1] or kernel[0] % 2 == 0:
             return "labels need an ordinary convolution with an odd square kernel"
-        if kernel[0] > LABEL_KERNEL_LIMIT or _pair(module.stride) != (1, 1):
+        if kernel[0] > LABEL_KERNEL_LIMIT or pair(layer.stride) != (1, 1):
             return f"labels need a kernel of at most {LABEL_KERNEL_LIMIT} and stride 1"
         half = (kernel[0] - 1) // 2
         if labels.pad is None:
-            mode, amounts = module.padding_mode, {own[0], own[1]}
+            mode, amounts = getattr(layer, "padding_mode", "zeros"), {own[0], own[1]}
         else:
             pad = labels.pad
             mode, amounts = pad.mode, {pad.left, pad.right, pad.top, pad.bottom}
@@ -490,7 +456,7 @@ class Matcher:
         if amounts != {half} or mode not in ("reflect", "zeros"):
             return "labels need reflection or zero padding of half the kernel"
         base = self.graph.new_base(node.meta["val"].shape)
-        self.graph.ops.append(LabelConvOp(node.name, base, labels, str(node.target), mode == "reflect"))
+        self.graph.ops.append(LabelConvOp(node.name, base, labels, path, mode == "reflect"))
         self.values[node] = View(base)
         return None
 
@@ -510,31 +476,42 @@ class Matcher:
             return self._store(view)
         return view
 
-    def _norm(self, node: fx.Node, module: Any) -> str | None:
-        source, value = self._argument(node)
-        if isinstance(module, nn.GroupNorm):
-            if module.num_groups != module.num_channels:
-                return f"GroupNorm with {module.num_groups} groups of several channels"
+    def _norm(self, node: fx.Node, call: Call) -> str | None:
+        source, value = self._argument(call)
+        statistics, channels = call.options["statistics"], node.meta["val"].shape[1]
+        if statistics == "group" and call.options["num_groups"] != channels:
+            groups = call.options["num_groups"]
+            return f"GroupNorm with {groups} group{'s' * (groups > 1)} of several channels"
+        training = bool(call.options.get("training", True))
+        path = str(node.target)
+        if call.layer is None:
+            names = ("weight", "bias", "running_mean", "running_var")
+            try:
+                tensors = {name: self._tensor(call.options.get(name)) for name in names}
+            except LookupError:
+                return "its scale or statistics depend on data"
+            if any(call.options.get(n) in self.changed for n in names if call.options.get(n) is not None):
+                return "its scale or statistics are changed elsewhere"
+            if not isinstance(call.options.get("momentum", 0.0), (int, float)):
+                return "its momentum is no number"
+            path = f"norm_{node.name}"
+            self.graph.layers[path] = NormLayer(tensors, {**call.options, "training": training})
+        kind = statistics
+        if statistics == "group":
             kind = "instance"
-        else:
-            frozen = not module.training and module.running_mean is not None
-            kind = "frozen" if frozen else "instance" if isinstance(module, nn.InstanceNorm2d) else "batch"
+        elif not training:
+            kind = "frozen"
         view = self._view(value, source)
         if view is None or view.pad is not None:
-            return "the input is padded, concatenated or not a float image on the CPU"
+            return NOT_PLAIN
         if view.norm is not None or view.act is not None:
             view = self._store(view)
-        self.values[node] = replace(view, norm=Norm(str(node.target), kind))
+        self.values[node] = replace(view, norm=Norm(path, kind))
         return None
 
-    def _act_module(self, node: fx.Node, module: nn.Module) -> str | None:
-        act = _activation(module)
-        return (
-            self._act(node, act, bool(getattr(module, "inplace", False))) if act else "an unknown activation"
-        )
-
-    def _act(self, node: fx.Node, act: Act, inplace: bool) -> str | None:
-        source, value = self._argument(node)
+    def _act(self, node: fx.Node, call: Call) -> str | None:
+        source, value = self._argument(call)
+        act: Act = call.options["act"]
         if isinstance(value, Concat):
             parts = []
             for part in value.parts:
@@ -546,15 +523,13 @@ class Matcher:
         else:
             view = self._view(value, source)
             if view is None:
-                return "the input is not a float image on the CPU"
-            if inplace and isinstance(value, Opaque):
-                return "changes an input in place"
+                return NOT_AN_IMAGE
             if view.pad is not None and view.pad.mode == "zeros" and act.kind == "sigmoid":
                 return "an activation that changes zero padding"
             new_view = self._with_act(view, act)
             result = new_view if new_view is not None else replace(self._store(view), act=act)
         self.values[node] = result
-        if inplace:
+        if call.inplace:
             self._rebind(value, result)
         return None
 
@@ -566,12 +541,9 @@ class Matcher:
             return replace(view, act=act)
         return None
 
-    def _pad_module(self, node: fx.Node, module: Any) -> str | None:
-        left, right, top, bottom = (int(p) for p in module.padding)
-        return self._pad(node, Padding(_PAD_MODULES[type(module)], left, right, top, bottom))
-
-    def _pad(self, node: fx.Node, pad: Padding) -> str | None:
-        source, value = self._argument(node)
+    def _pad(self, node: fx.Node, call: Call) -> str | None:
+        source, value = self._argument(call)
+        pad = Padding(call.options["mode"], *call.options["pad"])
         if min(pad.left, pad.right, pad.top, pad.bottom) < 0:
             return "negative padding"
         if isinstance(value, Labels) and value.pad is None:
@@ -579,99 +551,68 @@ class Matcher:
             return None
         view = self._view(value, source)
         if view is None or view.pad is not None:
-            return "the input is concatenated, padded twice or not a float image on the CPU"
+            return NOT_PLAIN
         self.values[node] = replace(self._loadable(view), pad=pad)
         return None
 
-    def _pool(self, node: fx.Node, module: nn.AvgPool2d) -> str | None:
-        source, value = self._argument(node)
-        kernel, stride, pad = _pair(module.kernel_size), _pair(module.stride), _pair(module.padding)
+    def _pool(self, node: fx.Node, call: Call) -> str | None:
+        source, value = self._argument(call)
+        kernel, pad = pair(call.options["kernel_size"]), pair(call.options["padding"])
+        stride = pair(call.options["stride"]) if call.options["stride"] else kernel
         if kernel[0] != kernel[1] or stride[0] != stride[1] or pad[0] != pad[1]:
             return "average pooling with different sizes along height and width"
-        if module.ceil_mode or module.divisor_override:
+        if call.options["ceil_mode"] or call.options["divisor_override"]:
             return "average pooling with ceil_mode or divisor_override"
+        counts = bool(call.options["count_include_pad"])
         if isinstance(value, Labels):
-            published = (kernel[0], stride[0], pad[0], module.count_include_pad) == (3, 2, 1, False)
+            published = (kernel[0], stride[0], pad[0], counts) == (3, 2, 1, False)
             if published and value.pad is None:
                 self.values[node] = Labels(value.node, value.level + 1)
                 return None
         view = self._view(value, source)
         if view is None or view.pad is not None:
-            return "the input is concatenated, padded or not a float image on the CPU"
+            return NOT_PLAIN
         base = self.graph.new_base(node.meta["val"].shape)
         self.graph.ops.append(
-            PoolOp(
-                node.name, base, self._loadable(view), kernel[0], stride[0], pad[0], module.count_include_pad
-            )
+            PoolOp(node.name, base, self._loadable(view), kernel[0], stride[0], pad[0], counts)
         )
         self.values[node] = View(base)
         return None
 
-    def _dropout(self, node: fx.Node, module: nn.Dropout) -> str | None:
-        source, value = self._argument(node)
-        if not module.training or module.p == 0.0:
+    def _dropout(self, node: fx.Node, call: Call) -> str | None:
+        source, value = self._argument(call)
+        rate = call.options["p"]
+        if not call.options["training"] or rate == 0.0:
             self.values[node] = value
             return None
-        if isinstance(module, nn.Dropout2d) or not 0.0 < module.p < 1.0:
-            return "dropout of whole channels, or of everything"
+        if not 0.0 < rate < 1.0:
+            return "dropout of everything"
         view = self._view(value, source)
         if view is None or view.pad is not None or (view.act is not None and view.act.kind not in ON_LOAD):
-            return "the input is concatenated, padded or not a float image on the CPU"
-        self.values[node] = self._store(view, module.p, "dropout")
-        if module.inplace:
+            return NOT_PLAIN
+        self.values[node] = self._store(view, rate, "dropout")
+        if call.inplace:
             self._rebind(value, self.values[node])
         return None
 
-    def _function(self, node: fx.Node) -> str | None:
-        target = node.target
-        if target in (*_ADDITIONS, "add", "add_") and len(node.args) == 2 and not node.kwargs:
-            return self._add(node, inplace=target in (operator.iadd, "add_"))
-        if target in (torch.cat, torch.concat) or target == "cat":
-            return self._cat(node)
-        if target in _FUNCTIONAL_ACTS and len(node.args) == 1 and set(node.kwargs) <= {"inplace"}:
-            inplace = bool(node.kwargs.get("inplace", False)) or str(
-                getattr(target, "__name__", target)
-            ).endswith("_")
-            return self._act(node, Act(_FUNCTIONAL_ACTS[target]), inplace)
-        if target is F.leaky_relu:
-            slope = node.kwargs.get("negative_slope", node.args[1] if len(node.args) > 1 else 0.01)
-            in_place = node.kwargs.get("inplace", node.args[2] if len(node.args) > 2 else False)
-            return self._act(node, Act("leaky_relu", float(slope)), bool(in_place))  # type: ignore[arg-type]
-        if target is F.pad and len(node.args) >= 2:
-            amounts, value = node.args[1], node.kwargs.get("value", node.args[3] if len(node.args) > 3 else 0)
-            mode = node.kwargs.get("mode", node.args[2] if len(node.args) > 2 else "constant")
-            if (
-                isinstance(amounts, (list, tuple))
-                and len(amounts) == 4
-                and mode in _PAD_MODES
-                and value in (0, None)
-            ):
-                if all(isinstance(a, int) for a in amounts):
-                    left, right, top, bottom = amounts
-                    return self._pad(node, Padding(_PAD_MODES[str(mode)], left, right, top, bottom))  # type: ignore[arg-type]
-        return f"{getattr(target, '__name__', target)} has no fused kernel"
-
-    def _add(self, node: fx.Node, inplace: bool) -> str | None:
-        a, b = node.args
-        if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+    def _add(self, node: fx.Node, call: Call) -> str | None:
+        a, b = call.x, call.options["other"]
+        if not isinstance(b, fx.Node):
             return "addition of a constant"
         if self._shape(a) != self._shape(b):
             return "addition with broadcasting"
         left, right = self._view(self.values[a], a), self._view(self.values[b], b)
         if left is None or right is None or left.pad is not None or right.pad is not None:
-            return "addition of something concatenated, padded or not a float image on the CPU"
-        if inplace and isinstance(self.values[a], Opaque):
-            return "changes an input in place"
+            return NOT_PLAIN
         base = self.graph.new_base(node.meta["val"].shape)
         self.graph.ops.append(AddOp(node.name, base, self._loadable(left), self._loadable(right)))
         old, self.values[node] = self.values[a], View(base)
-        if inplace:
+        if call.inplace:
             self._rebind(old, self.values[node])
         return None
 
-    def _cat(self, node: fx.Node) -> str | None:
-        tensors = node.args[0] if node.args else node.kwargs.get("tensors")
-        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+    def _cat(self, node: fx.Node, call: Call) -> str | None:
+        tensors, dim = call.x, call.options["dim"]
         if dim not in (1, -3) or not isinstance(tensors, (list, tuple)) or len(tensors) != 2:
             return "concatenation of other than two tensors along the channels"
         parts = []
@@ -680,54 +621,91 @@ class Matcher:
                 return "concatenation of a constant"
             view = self._view(self.values[tensor], tensor)
             if view is None or view.pad is not None:
-                return "concatenation of something concatenated, padded or not a float image on the CPU"
+                return NOT_PLAIN
             parts.append(self._loadable(view))
         # The concatenation is a copy: a later in-place operation on a part must not reach it.
         self.values[node] = Concat(tuple(replace(p) for p in parts))
         return None
 
     def _foreign(self, node: fx.Node, reason: str) -> None:
-        args = map_views(self._resolve(node.args), self._plain)
-        kwargs = map_views(self._resolve(node.kwargs), self._plain)
-        target: Any = node.target
+        writes, target = self._writes(node), node.target
+        if writes:
+            self._before_writing()
+        resolved = self._resolve((node.args, node.kwargs))
+        args, kwargs = map_views(resolved, self._plain)
         if node.op == "call_module":
-            call: Any = self.modules[target]
+            call: Any = self._module(node)
         elif node.op == "call_method":
             call = _Method(target)
-        elif node.op == "get_attr":
-            call = _Attribute(self.traced, target)
         else:
             call = target
         self.graph.ops.append(ForeignOp(node.name, -1, call, args, kwargs, reason))
-        if node.op != "get_attr":
-            self.graph.notes.append((str(getattr(target, "__name__", target)), reason))
-        self.values[node] = Opaque(node.name)
+        self.graph.notes.append((str(getattr(target, "__name__", target)), reason))
+        result = Opaque(node.name)
+        self.values[node] = result
+        if not writes and self._makes_new(node):
+            self.fresh.add(node.name)
+            return
+        if writes and node.args and isinstance(node.args[0], fx.Node):
+            # The copy was written to: it takes the place of what it was made from.
+            old = self.values[node.args[0]]
+            if isinstance(old, (View, Concat)):
+                self._rebind(old, result)
+        for source in node.all_input_nodes:
+            value = self.values[source]
+            if self.writes and isinstance(value, View) and value in self.copies:
+                self._rebind(value, self.copies[value])
+            if isinstance(value, Opaque):
+                self.fresh.discard(value.node)
+        if writes:
+            self.imported.clear()
+            self.copies.clear()
+
+    def _makes_new(self, node: fx.Node) -> bool:
+        """Whether an operation returns memory of its own that shares nothing with its arguments."""
+        if node.op == "call_module":
+            module = self._module(node)
+            if id(module) in self.whole or has_hooks(module) or getattr(module, "inplace", False):
+                return False
+            return type(module).__module__.startswith(_NEW_MODULES)
+        call = describe_function(node)
+        if call is not None:
+            return call.kind in ("conv", "norm", "pool", "add", "cat", "act")
+        name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
+        return name in ("mul", "truediv", "div", "sub", "pow", "exp", "log", "matmul", "linear", "randn_like")
+
+
+class _Relayout:
+    """Copies a tensor to memory with the given strides."""
+
+    def __init__(self, strides: tuple[int, ...]) -> None:
+        self.strides = strides
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(tensor.shape, self.strides, dtype=tensor.dtype).copy_(tensor)
+
+
+class _Options:
+    """Options of a functional form as attributes."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.__dict__.update({"output_padding": 0, "padding_mode": "zeros", **options})
 
 
 class _Method:
     """Calls a method by name on its first argument."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: Any) -> None:
+        self.name = str(name)
 
     def __call__(self, owner: Any, *args: Any, **kwargs: Any) -> Any:
         return getattr(owner, self.name)(*args, **kwargs)
 
 
-class _Attribute:
-    """Fetches a parameter or buffer by its path at each call, so that a replaced one is seen."""
+def capture(traced: Traced, inputs: dict[str, Any], state: dict[str, Derived] | None = None) -> Graph:
+    """The fused graph of ``traced``, whose nodes carry meta tensors.
 
-    def __init__(self, root: nn.Module, path: str) -> None:
-        self.root, self.path = root, path
-
-    def __call__(self) -> Any:
-        return operator.attrgetter(self.path)(self.root)
-
-
-def capture(traced: fx.GraphModule, inputs: dict[str, Any], dtype: torch.dtype | None) -> Graph:
-    """The fused graph of ``traced`` for inputs like these (by placeholder name).
-
-    Raises what the network itself would raise for inputs that do not fit it.
+    Args:
+        inputs: values by placeholder name. state: placeholders that are parameters or buffers.
     """
-    propagate_shapes(traced, inputs, dtype)
-    return Matcher(traced, inputs).run()
+    return Matcher(traced, inputs, state or {}).run()

@@ -23,11 +23,16 @@ class Row:
 
 @dataclass
 class Explanation:
-    """What :func:`explain` returns; ``str()`` makes a table of it."""
+    """What :func:`explain` returns; ``str()`` makes a table of it.
+
+    ``unfused`` are operations that run in PyTorch, ``pieces`` submodules with a plan of their own, each by
+    name and with the reason.
+    """
 
     rows: list[Row] = field(default_factory=list)
     unfused: list[tuple[str, str]] = field(default_factory=list)
     note: str = ""
+    pieces: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -49,6 +54,8 @@ class Explanation:
                     f"{r.megabytes:7.1f}"
                 )
             lines.append(f"native steps: {self.seconds * 1e3:.1f} ms")
+        for name, reason in self.pieces:
+            lines.append(f"a piece of its own: {name}: {reason}")
         for name, reason in self.unfused:
             lines.append(f"left to PyTorch: {name}: {reason}")
         return "\n".join(lines)
@@ -64,16 +71,31 @@ def explain(model: nn.Module) -> Explanation:
     """
     if not isinstance(model, Optimized):
         raise TypeError(f"model is {type(model).__name__}; explain takes what p2pfast.optimize returns")
+    return _explain(model, "")
+
+
+def _explain(model: nn.Module, prefix: str) -> Explanation:
     state = model.__dict__["_p2pfast"]
+    found = Explanation()
     if state.reason is not None:
-        return Explanation(note=f"runs in PyTorch: {state.reason}")
-    if state.engine is None or state.engine.last is None:
-        return Explanation(note="not run yet: call the network once, then explain it")
-    plan, graph, seconds = state.engine.last
-    rows = []
-    for index, report in enumerate(plan.reports):
-        last = plan.reports[index + 1].step if index + 1 < len(plan.reports) else len(seconds)
-        spent = sum(seconds[report.step : last])
-        speed = 2e-9 * report.multiplications / spent if spent and report.multiplications else 0.0
-        rows.append(Row(report.name, report.kernel, report.detail, spent, speed, report.bytes / 1e6))
-    return Explanation(rows, list(graph.notes))
+        found.note = f"runs in PyTorch: {state.reason}"
+    elif state.engine is None or state.engine.last is None:
+        found.note = "not run yet: call the network once, then explain it"
+    else:
+        plan, graph, seconds = state.engine.last
+        for index, report in enumerate(plan.reports):
+            last = plan.reports[index + 1].step if index + 1 < len(plan.reports) else len(seconds)
+            spent = sum(seconds[report.step : last])
+            speed = 2e-9 * report.multiplications / spent if spent and report.multiplications else 0.0
+            row = Row(prefix + report.name, report.kernel, report.detail, spent, speed, report.bytes / 1e6)
+            found.rows.append(row)
+        found.unfused += [(prefix + name, reason) for name, reason in graph.notes]
+    for path, (module, reason) in state.pieces.items():
+        piece = _explain(module, f"{prefix}{path}.")
+        found.pieces.append((prefix + path, f"{reason}; {piece.note}" if piece.note else reason))
+        found.pieces += piece.pieces
+        found.rows += piece.rows
+        found.unfused += piece.unfused
+    if state.pieces and state.reason is not None:
+        found.note = f"optimised in {len(state.pieces)} pieces, not as one: {state.reason}"
+    return found

@@ -68,6 +68,19 @@ class Opaque:
 
 
 @dataclass(frozen=True, eq=False)
+class Derived:
+    """A parameter or buffer, or what a network computes from them alone.
+
+    ``fetch`` makes it, ``roots`` gives the tensors it is made of; ``name`` is the same for the same
+    expression.
+    """
+
+    name: str
+    fetch: Callable[[], Any]
+    roots: Callable[[], list[torch.Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
 class Labels:
     """A label map, average-pooled ``level`` times, then padded."""
 
@@ -141,12 +154,16 @@ class ImportOp(Op):
 
 @dataclass
 class ForeignOp(Op):
-    """Runs as it did: ``call`` with arguments in which views stand for tensors."""
+    """Runs as it did: ``call`` with arguments in which views stand for tensors.
+
+    A ``copies`` operation only reads its views; what others return may share their memory.
+    """
 
     call: Callable[..., Any] | None = None
     args: Any = None
     kwargs: Any = None
     reason: str = ""
+    copies: bool = False
 
 
 @dataclass
@@ -159,6 +176,8 @@ class Graph:
     inputs: list[str] = field(default_factory=list)
     channels_last: set[View] = field(default_factory=set)  # results that PyTorch would return in that layout
     notes: list[tuple[str, str]] = field(default_factory=list)
+    layers: dict[str, Any] = field(default_factory=dict)  # by path: modules, or stand-ins of functional forms
+    before: list[Callable[[], None]] = field(default_factory=list)  # what every run begins with
 
     def new_base(self, shape: torch.Size | tuple[int, ...]) -> int:
         n, c, h, w = (int(s) for s in shape)
@@ -168,7 +187,7 @@ class Graph:
 
 def map_views(value: Any, f: Any) -> Any:
     """Applies ``f`` to every graph value inside nested lists, tuples, dictionaries and slices."""
-    if isinstance(value, (View, Concat, Opaque, Labels)):
+    if isinstance(value, (View, Concat, Opaque, Labels, Derived)):
         return f(value)
     if isinstance(value, (list, tuple)):
         items = [map_views(v, f) for v in value]

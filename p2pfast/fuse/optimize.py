@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import os
+import types
 import warnings
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
+from p2pfast.fuse.source import CannotFollow, CannotRun, ModuleSource
 from p2pfast.labelmap import LabelMap
-from p2pfast.runtime.cpu import STORED, CannotRun, CpuEngine
+from p2pfast.runtime.cpu import STORED, CpuEngine
 
 _TRACKER = "please report it with the network to p2pfast's issue tracker"
 _MODES = ("inference", "train")
@@ -20,18 +23,21 @@ _ACCURACIES = ("default", "fast")
 
 
 def _clone(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
-    """A tree of new module objects over the same parameters and buffers."""
+    """A tree of new module objects over the same parameters and buffers, without earlier optimisation."""
     known = memo.get(id(module))
     if known is not None:
         return known
-    twin = module.__class__.__new__(module.__class__)
+    kind = _original_of(module)
+    twin = kind.__new__(kind)
     memo[id(module)] = twin
-    state = dict(module.__dict__)
+    state = {k: v for k, v in module.__dict__.items() if k not in ("_p2pfast", "p2pfast_options")}
     for name, value in state.items():
         # Hook tables and plain containers are copied, so that changing one tree leaves the other alone;
         # the tables of parameters and buffers stay shared, so that replacing an entry reaches both.
-        if isinstance(value, dict) and name not in ("_parameters", "_buffers", "_modules"):
+        if isinstance(value, (dict, list, set)) and name not in ("_parameters", "_buffers", "_modules"):
             state[name] = value.copy()
+        elif isinstance(value, types.MethodType) and value.__self__ is module:
+            state[name] = types.MethodType(value.__func__, twin)
     twin.__dict__ = state
     twin.__dict__["_modules"] = {
         name: None if child is None else _clone(child, memo) for name, child in module._modules.items()
@@ -49,30 +55,52 @@ class Optimized:
     p2pfast_options: dict[str, Any]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return type(self).__original_forward__(self, *args, **kwargs)
         state: _State = self.__dict__["_p2pfast"]
         return state.run(args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        plain = _plain(self)  # type: ignore[arg-type]
+        plain = _clone(self, {})  # type: ignore[arg-type]
         copied = optimize(copy.deepcopy(plain, memo), **self.p2pfast_options)
         memo[id(self)] = copied
         return copied
 
-    def __reduce__(self) -> Any:
-        return _rebuild, (_plain(self), self.p2pfast_options)  # type: ignore[arg-type]
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (_clone(self, {}), self.p2pfast_options)  # type: ignore[arg-type]
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        # A replica has parameters of its own that live for one call: it runs as the module was.
+        replica: nn.Module = super()._replicate_for_data_parallel()  # type: ignore[misc]
+        replica.__class__ = type(self).__original_class__  # type: ignore[attr-defined]
+        replica.__dict__.pop("_p2pfast")
+        return replica
 
 
 def _rebuild(module: nn.Module, options: dict[str, Any]) -> nn.Module:
     return optimize(module, **options)
 
 
-def _plain(module: nn.Module) -> nn.Module:
-    """The module without its optimisation, over the same parameters."""
-    twin = _clone(module, {})
-    twin.__class__ = type(module).__original_class__  # type: ignore[attr-defined]
-    for name in ("_p2pfast", "p2pfast_options"):
-        twin.__dict__.pop(name, None)
-    return twin
+def _install(module: nn.Module, options: dict[str, Any]) -> None:
+    """Makes ``module`` itself run fused where it can."""
+    kind = type(module)
+    module.__class__ = type(
+        f"Optimized{kind.__name__}",
+        (Optimized, kind),
+        {"__original_class__": kind, "__original_forward__": kind.forward, "__module__": kind.__module__},
+    )
+    module.__dict__["p2pfast_options"] = options
+    module.__dict__["_p2pfast"] = _State(module, options)
+
+
+def _worth_fusing(module: nn.Module) -> bool:
+    """Whether a submodule has a convolution with something around it."""
+    kinds = (nn.Conv2d, nn.ConvTranspose2d)
+    return not isinstance(module, kinds) and any(isinstance(m, kinds) for m in module.modules())
+
+
+def _original_of(module: nn.Module) -> Any:
+    return getattr(type(module), "__original_class__", type(module))
 
 
 def _densified(value: Any, dtype: torch.dtype | None) -> Any:
@@ -90,40 +118,89 @@ class _State:
         self.plain.__dict__ = module.__dict__
         self.reason: str | None = None
         self.failed: set[str] = set()
-        self.engine: CpuEngine | None = None
-        dtype = options["dtype"] or self._parameter_dtype()
-        self.dtype = dtype
+        self.engines: dict[tuple[torch.dtype, torch.dtype], CpuEngine] = {}
+        self.engine: CpuEngine | None = None  # of the last call
+        self.pieces: dict[str, tuple[nn.Module, str]] = {}
+        self.source: ModuleSource | None = None
+        self.never: str | None = None
         if options["backend"] == "reference":
-            self.reason = "backend='reference'"
+            self.never = "backend='reference'"
         elif options["backend"] == "cuda":
-            self.reason = "backend='cuda': there are no fused GPU kernels yet"
+            self.never = "backend='cuda': there are no fused GPU kernels yet"
         elif options["mode"] == "train":
-            self.reason = "mode='train': the fused backward pass is not there yet, training runs in PyTorch"
-        elif dtype not in STORED:
-            self.reason = f"dtype {dtype} has no native kernels; choose torch.float32 or torch.bfloat16"
-        else:
-            self.engine = CpuEngine(self.plain, dtype, options["packed_limit"])
+            self.never = "mode='train': the fused backward pass is not there yet, training runs in PyTorch"
+        self.reason = self.never
+        limit = options["memory_limit"]
+        self.packed_limit = None if limit is None else parse_bytes(limit) // 2
 
-    def _parameter_dtype(self) -> torch.dtype:
-        for parameter in self.plain.parameters():
-            if parameter.is_floating_point():
-                return parameter.dtype
-        return torch.float32
+    def _parameter(self) -> torch.Tensor | None:
+        return next((p for p in self.plain.parameters() if p.is_floating_point()), None)
+
+    def _engine(self) -> CpuEngine:
+        """The engine for the parameters' present dtype and device; raises CannotRun."""
+        if self.never is not None:
+            raise CannotRun(self.never)
+        parameter = self._parameter()
+        if parameter is not None and parameter.device.type != "cpu":
+            raise CannotRun("the network is not on the CPU, and only the CPU has fused kernels yet")
+        native = torch.float32 if parameter is None else parameter.dtype
+        dtype = self.options["dtype"] or native
+        if torch.is_autocast_enabled("cpu") and self.options["dtype"] is None:
+            dtype = torch.get_autocast_dtype("cpu")
+        if dtype not in STORED or native not in STORED:
+            wrong = native if native not in STORED else dtype
+            raise CannotRun(f"dtype {wrong} has no native kernels; choose torch.float32 or torch.bfloat16")
+        if self.source is None:
+            self.source = ModuleSource(self.plain)
+        if (dtype, native) not in self.engines:
+            self.engines[dtype, native] = CpuEngine(
+                self.source, dtype, native, self.packed_limit, self._add_piece
+            )
+        return self.engines[dtype, native]
+
+    def _add_piece(self, path: str, module: nn.Module, reason: str) -> None:
+        """A submodule that runs whole gets an engine of its own, and calls it where it is called."""
+        if path in self.pieces or not _worth_fusing(module):
+            return
+        if not isinstance(module, Optimized):
+            _install(module, self.options)
+        self.pieces[path] = (module, reason)
+
+    def _split(self, reason: str) -> None:
+        """This module cannot be one graph: its children get engines of their own."""
+
+        def visit(module: nn.Module, prefix: str) -> None:
+            for name, child in module.named_children():
+                if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+                    visit(child, f"{prefix}{name}.")
+                else:
+                    self._add_piece(f"{prefix}{name}", child, reason)
+
+        visit(self.plain, "")
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.engine is None or next(iter(self.plain.parameters()), torch.empty(0)).device.type != "cpu":
-            if self.engine is not None:
-                self.reason = "the network is not on the CPU, and only the CPU has fused kernels yet"
-            return self._original(args, kwargs)
         try:
-            result = self.engine.run(args, kwargs)
-            self.reason = None
+            engine = self._engine()
+            self._check_dtypes(args, kwargs)
+            result = engine.run(args, kwargs)
+            self.engine, self.reason = engine, None
             return result
+        except CannotFollow as why:
+            self._split(str(why))
+            self.reason = str(why)
+            return self._original(args, kwargs)
         except CannotRun as why:
             self.reason = str(why)
             return self._original(args, kwargs)
         except Exception as error:
             return self._recover(error, args, kwargs)
+
+    def _check_dtypes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        parameter = self._parameter()
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and parameter is not None:
+                if value.dtype not in (parameter.dtype, self.options["dtype"]):
+                    raise CannotRun(f"the input is {value.dtype}, the parameters are {parameter.dtype}")
 
     def _recover(self, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Raises what PyTorch raises; where PyTorch succeeds, the failure is ours and is said once."""
@@ -143,16 +220,20 @@ class _State:
         return result
 
     def _original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        dtype = self.options["dtype"]
-        args = tuple(_densified(a, self._parameter_dtype()) for a in args)
-        kwargs = {k: _densified(v, self._parameter_dtype()) for k, v in kwargs.items()}
+        parameter, dtype = self._parameter(), self.options["dtype"]
+        native = torch.float32 if parameter is None else parameter.dtype
+        args = tuple(_densified(a, native) for a in args)
+        kwargs = {k: _densified(v, native) for k, v in kwargs.items()}
+        forward = _original_of(self.plain).forward
         if self.options["mode"] == "train":
-            return self.plain(*args, **kwargs)
+            return forward(self.plain, *args, **kwargs)
         with torch.no_grad():
-            result = self.plain(*args, **kwargs)
-            if dtype is not None and isinstance(result, torch.Tensor) and result.is_floating_point():
-                result = result.to(dtype)
-            return result
+            result = forward(self.plain, *args, **kwargs)
+            if dtype is None or dtype == native:
+                return result
+            return pytree.tree_map_only(
+                torch.Tensor, lambda t: t.to(dtype) if t.dtype == native else t, result
+            )
 
 
 def optimize(
@@ -186,8 +267,6 @@ def optimize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; optimize takes a torch.nn.Module")
-    if isinstance(model, Optimized):
-        model = _plain(model)
     for name, value, known in (
         ("mode", mode, _MODES),
         ("backend", backend, _BACKENDS),
@@ -204,16 +283,10 @@ def optimize(
         "accuracy": accuracy,
         "memory_limit": memory_limit,
     }
-    limit = None if memory_limit is None else parse_bytes(memory_limit) // 2
-    kind = type(model)
+    if memory_limit is not None:
+        parse_bytes(memory_limit)
     fast = _clone(model, {})
-    fast.__class__ = type(
-        f"Optimized{kind.__name__}",
-        (Optimized, kind),
-        {"__original_class__": kind, "__original_forward__": kind.forward, "__module__": kind.__module__},
-    )
-    fast.__dict__["p2pfast_options"] = options
-    fast.__dict__["_p2pfast"] = _State(fast, {**options, "packed_limit": limit})
+    _install(fast, options)
     return fast
 
 

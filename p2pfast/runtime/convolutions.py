@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from p2pfast import _C
 from p2pfast.fuse.graph import ConvOp
@@ -21,7 +20,7 @@ class Convolutions(Tensors):
 
     def _conv(self, op: ConvOp) -> None:
         module: Any = self.modules[op.path]
-        transposed = isinstance(module, nn.ConvTranspose2d)
+        transposed = bool(module.transposed)
         base = self._shape(op.inputs[0].base)
         n, c, h, w = self._shape(op.out)
         self._fold_activation(op)
@@ -124,7 +123,10 @@ class Convolutions(Tensors):
             self._set(view, "act", None)
 
     def _pack_key(self, path: str, chosen: choices.Choice, args: dict[str, Any]) -> Any:
-        return path, chosen.algorithm, _C.active_level(), tuple(s["channels"] for s in args["sources"])
+        # A module that was replaced by another one at the same path has weights of its own.
+        module = self.modules[path]
+        owner = id(module) if isinstance(module, torch.nn.Module) else 0
+        return path, owner, chosen.algorithm, _C.active_level(), tuple(s["channels"] for s in args["sources"])
 
     def _packed(
         self, path: str, module: Any, chosen: choices.Choice, args: dict[str, Any], floats: int
@@ -158,7 +160,7 @@ class Convolutions(Tensors):
     def _raw_weight(self, module: Any, dtype: torch.dtype) -> Address:
         weight = module.weight
         if weight.dtype == dtype and weight.is_contiguous():
-            return self._parameter(lambda: module.weight)
+            return self._parameter(lambda: module.weight.detach().contiguous())
         return self._constant(
             weight.numel(), lambda: [module.weight], lambda out: out.copy_(module.weight.detach().reshape(-1))
         )

@@ -2,144 +2,155 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from p2pfast import _C
-from p2pfast.fuse.capture import capture, trace
-from p2pfast.fuse.graph import Graph
+from p2pfast.fuse.graph import ForeignOp, Graph
+from p2pfast.fuse.source import Captured, GraphSource, ModuleSource
 from p2pfast.labelmap import LabelMap
 from p2pfast.runtime.plan import Constant, Pack, Plan
 from p2pfast.runtime.planner import make_plan
+from p2pfast.runtime.versions import Seen
 
 STORED = (torch.float32, torch.bfloat16)
+_MOST_PLANS = 64  # kinds of input and states of the module that are remembered
 
 
-def _version(tensor: torch.Tensor) -> tuple[int, int]:
-    # Inference tensors have no version counter; their address has to do.
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+class _Prepared:
+    """A plan with what it was made from."""
 
-
-class CannotRun(Exception):
-    """Why a network or an input is left to PyTorch."""
+    def __init__(self, plan: Plan, graph: Graph, captured: Captured) -> None:
+        self.plan, self.graph, self.captured = plan, graph, captured
 
 
 class CpuEngine:
-    """Fused execution of ``module`` (never modified) with tensors stored in ``dtype``."""
+    """Fused execution of ``source`` (never modified) with tensors stored in ``dtype``.
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype, packed_limit: int | None) -> None:
-        self.module, self.dtype, self.packed_limit = module, dtype, packed_limit
-        self.signature = inspect.signature(type(module).forward)
+    ``native`` is the dtype of the network's parameters, ``on_piece(path, module, reason)`` is called for
+    each submodule that runs whole.
+    """
+
+    def __init__(
+        self,
+        source: ModuleSource | GraphSource,
+        dtype: torch.dtype,
+        native: torch.dtype,
+        packed_limit: int | None,
+        on_piece: Callable[[str, nn.Module, str], None] | None = None,
+    ) -> None:
+        self.source, self.dtype, self.native, self.packed_limit = source, dtype, native, packed_limit
+        self.on_piece = on_piece
         self.lock = threading.RLock()
-        self.traces: dict[Any, Any] = {}
-        self.plans: dict[Any, Plan] = {}
-        self.graphs: dict[Any, Graph] = {}
+        self.plans: dict[Any, _Prepared] = {}
         self.packs: dict[Any, Pack] = {}
         self.arenas: list[torch.Tensor] = []
         self.last: tuple[Plan, Graph, list[float]] | None = None
-        self.modal = [
-            m
-            for m in module.modules()
-            if isinstance(m, (nn.modules.batchnorm._NormBase, nn.Dropout, nn.Dropout2d))
-        ]
-
-    # --- inputs ------------------------------------------------------------------------------------
-
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments by parameter name; raises TypeError as the call itself would."""
-        bound = self.signature.bind(self.module, *args, **kwargs)
-        bound.apply_defaults()
-        values = dict(list(bound.arguments.items())[1:])
-        for parameter in list(self.signature.parameters.values())[1:]:
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                raise CannotRun(f"forward takes {parameter}: a variable number of arguments")
-        return {name: self._prepared(value) for name, value in values.items()}
-
-    def _prepared(self, value: Any) -> Any:
-        if isinstance(value, LabelMap):
-            if value.device.type != "cpu":
-                raise CannotRun(f"the labels are on {value.device}")
-            return value
-        if isinstance(value, torch.Tensor):
-            if value.device.type != "cpu":
-                raise CannotRun(f"the input is on {value.device}")
-            value = value.detach()
-            if value.is_floating_point() and value.dtype not in STORED:
-                value = value.float()
-        return value
-
-    def _mode(self) -> tuple[bool, ...]:
-        return tuple(m.training for m in self.modal)
-
-    def _key(self, inputs: dict[str, Any]) -> tuple[Any, ...]:
-        parts: list[Any] = [self._mode(), _C.active_level(), torch.get_num_threads()]
-        for name, value in inputs.items():
-            if isinstance(value, LabelMap):
-                ids = None if value.instances is None else value.instances.dtype
-                features = None if value.features is None else value.features.shape
-                parts.append((name, "labels", value.shape, value.num_classes, ids, value.edges, features))
-            elif isinstance(value, torch.Tensor):
-                parts.append((name, value.shape, value.dtype, value.stride()))
-            else:
-                parts.append((name, repr(value)))
-        return tuple(parts)
 
     # --- planning ----------------------------------------------------------------------------------
 
-    def plan(self, inputs: dict[str, Any]) -> tuple[Plan, Graph]:
-        """The plan for inputs like these; made on first use."""
-        key = self._key(inputs)
-        with self.lock:
-            if key not in self.plans:
-                mode = self._mode()
-                if mode not in self.traces:
-                    self.traces[mode] = self._trace()
-                traced = self.traces[mode]
-                names = {n.target: n.name for n in traced.graph.nodes if n.op == "placeholder"}
-                by_node = {names[k]: v for k, v in inputs.items() if k in names}
-                parameter = next((p for p in self.module.parameters() if p.is_floating_point()), None)
-                graph = capture(traced, by_node, None if parameter is None else parameter.dtype)
-                self.graphs[key] = graph
-                modules = dict(self.module.named_modules())
-                plan = make_plan(graph, modules, by_node, self.dtype, self.packs, self.packed_limit)
-                plan.names = names
-                self.plans[key] = plan
-            return self.plans[key], self.graphs[key]
+    def _remember(self, key: Any, prepared: _Prepared) -> None:
+        self.plans[key] = prepared
+        while len(self.plans) > _MOST_PLANS:
+            self.plans.pop(next(iter(self.plans)))
 
-    def _trace(self) -> Any:
-        try:
-            return trace(self.module)
-        except torch.fx.proxy.TraceError as error:
-            raise CannotRun(f"its control flow depends on data: {error}".splitlines()[0]) from error
+    def _prepare(self, captured: Captured, tensors: list[Any]) -> _Prepared:
+        inputs = self._inputs(captured, tensors)
+        graph = captured.fuse(inputs)
+        if self.dtype != self.native:
+            for op in graph.ops:
+                if isinstance(op, ForeignOp) and op.call is not None:
+                    op.call = _InDtype(op.call, self.dtype, self.native)
+        modules = {**dict(captured.root.named_modules()), **graph.layers}
+        plan = make_plan(graph, modules, inputs, self.dtype, self.packs, self.packed_limit)
+        return _Prepared(plan, graph, captured)
+
+    def _inputs(self, captured: Captured, tensors: list[Any]) -> dict[str, Any]:
+        values = (self._usable(value) for value in tensors)
+        return dict(zip(captured.names, values, strict=True))
+
+    def _usable(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        value = value.detach()
+        if value.is_floating_point() and value.dtype not in STORED:
+            value = value.float()
+        return value
 
     # --- running -----------------------------------------------------------------------------------
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the module returns for these arguments, without gradients."""
+        """What the network returns for these arguments, without gradients.
+
+        Raises CannotRun, with the reason, for what is left to PyTorch.
+        """
+        if isinstance(self.source, GraphSource):
+            with self.lock:  # the parameters of this call are bound to the source
+                return self._run(args, kwargs)
+        return self._run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _C.set_num_threads(torch.get_num_threads())
-        inputs = self.bind(args, kwargs)
-        plan, graph = self.plan(inputs)
+        key, tensors, arguments = self.source.bind(args, kwargs)
+        key = (key, _C.active_level(), torch.get_num_threads(), torch.is_autocast_enabled("cpu"))
+        prepared = self.plans.get(key)
         with torch.no_grad():
-            for constant in plan.constants:
+            if prepared is None:
+                with self.lock:
+                    prepared = self.plans.get(key)
+                    if prepared is None:
+                        result = self._first(key, tensors, arguments)
+                        if result is not None:
+                            return result[0]
+                        prepared = self.plans[key]
+            for action in prepared.graph.before:
+                action()
+            for constant in prepared.plan.constants:
                 self._refresh(constant)
-            arena = self._take_arena(plan.arena_bytes)
+            arena = self._take_arena(prepared.plan.arena_bytes)
             try:
-                return self._execute(plan, graph, inputs, arena)
+                return self._execute(prepared, tensors, arena)
             finally:
                 with self.lock:
                     self.arenas.append(arena)
 
+    def _first(self, key: Any, tensors: list[Any], arguments: Any) -> tuple[Any] | None:
+        """Plans for inputs like these. Where only running tells the shapes, returns what PyTorch made of
+        this first call."""
+        captured = self.source.capture(arguments, tensors, self.native)
+        for path, module, reason in self.source.pieces(captured):
+            if self.on_piece is not None:
+                self.on_piece(path, module, reason)
+        result = None
+        if not captured.complete:
+            dense = [value.dense(self.native) if isinstance(value, LabelMap) else value for value in tensors]
+            result = (self._finished(captured, captured.learn(dense)),)
+        prepared = self._prepare(captured, tensors)
+        self._remember(key, prepared)
+        if result is not None:
+            self.last = (prepared.plan, prepared.graph, [0.0] * len(prepared.plan.program))
+        return result
+
+    def _finished(self, captured: Captured, leaves: Any) -> Any:
+        """Results in the dtype that was asked for, in the structure that the network returns."""
+        if self.dtype != self.native:
+            leaves = pytree.tree_map_only(
+                torch.Tensor, lambda t: t.to(self.dtype) if t.dtype == self.native else t, leaves
+            )
+        return leaves if captured.spec is None else pytree.tree_unflatten(list(leaves), captured.spec)
+
     def _refresh(self, constant: Constant) -> None:
-        seen = tuple(_version(p) for p in constant.parameters())
-        if seen != constant.seen:
+        tensors = constant.parameters()
+        if constant.seen is None or not constant.seen.matches(tensors):
             with self.lock:
-                if seen != constant.seen:
-                    constant.refresh()
-                    constant.seen = seen
+                seen = Seen(tensors)
+                constant.refresh()
+                constant.seen = seen
 
     def _take_arena(self, size: int) -> torch.Tensor:
         """Memory for one run: kept between runs, one for each that runs at the same time."""
@@ -150,15 +161,14 @@ class CpuEngine:
             self.arenas.clear()
         return torch.empty(size, dtype=torch.uint8)
 
-    def _execute(self, plan: Plan, graph: Graph, inputs: dict[str, Any], arena: torch.Tensor) -> Any:
+    def _execute(self, prepared: _Prepared, tensors: list[Any], arena: torch.Tensor) -> Any:
+        plan, inputs = prepared.plan, self._inputs(prepared.captured, tensors)
         values: dict[str, Any] = {"arena": arena}
         slots = [0] * plan.slots
         slots[0] = arena.data_ptr()
         keep: list[torch.Tensor] = []
         for name, value in inputs.items():
-            node = plan.names.get(name)
-            if node is not None:
-                values[node] = _Dense(value) if isinstance(value, LabelMap) else value
+            values[name] = _Dense(value) if isinstance(value, LabelMap) else value
         for entry in plan.label_inputs:
             labels: LabelMap = values[entry.node].labels
             flat = labels.labels.to(torch.uint8).contiguous()
@@ -172,7 +182,9 @@ class CpuEngine:
             if isinstance(value, _Dense):
                 values[node] = value.tensor(self.dtype) if value.needed(plan, node) else None
         for slot, fetch in plan.parameters:
-            slots[slot] = fetch().data_ptr()
+            tensor = fetch()
+            keep.append(tensor)
+            slots[slot] = tensor.data_ptr()
         results = []
         for result in plan.results:
             layout = torch.channels_last if result.channels_last else torch.contiguous_format
@@ -187,6 +199,11 @@ class CpuEngine:
                 if outside.name not in values:
                     continue
                 tensor = values[outside.name]
+                if tensor.shape != outside.shape:
+                    raise RuntimeError(
+                        f"the shape of {outside.name} depends on data: it was {tuple(outside.shape)} and is "
+                        f"{tuple(tensor.shape)}"
+                    )
                 if tensor.dtype != outside.dtype or tensor.stride() != outside.strides:
                     placed = torch.empty_strided(outside.shape, outside.strides, dtype=outside.dtype)
                     tensor = placed.copy_(tensor)
@@ -205,7 +222,7 @@ class CpuEngine:
         bind_outside()
         seconds += plan.program.run(slots, position, len(plan.program), True)
         self._update_running(plan, arena)
-        self.last = (plan, graph, seconds)
+        self.last = (plan, prepared.graph, seconds)
         base = arena.untyped_storage().data_ptr()
         for name, value in values.items():
             if (
@@ -214,7 +231,7 @@ class CpuEngine:
                 and value.untyped_storage().data_ptr() == base
             ):
                 values[name] = value.clone()
-        return plan.structure.assemble(results, values)
+        return self._finished(prepared.captured, plan.structure.assemble(results, values))
 
     def _update_running(self, plan: Plan, arena: torch.Tensor) -> None:
         """Running statistics, as the module's own forward would have left them."""
@@ -229,14 +246,28 @@ class CpuEngine:
             mean, variance = read(r.mean), read(r.variance)
             mean, variance = (mean.mean(0), variance.mean(0)) if r.per_image else (mean[0], variance[0])
             module: Any = r.module
-            if module.num_batches_tracked is not None:
-                module.num_batches_tracked.add_(1)
             momentum = module.momentum
-            if momentum is None:
-                momentum = 1.0 / float(module.num_batches_tracked)
+            if not r.per_image and module.num_batches_tracked is not None:
+                module.num_batches_tracked.add_(1)
+                if momentum is None:
+                    momentum = 1.0 / float(module.num_batches_tracked)
+            momentum = momentum or 0.0  # as instance normalisation takes None
             unbiased = variance * (r.count / max(1, r.count - 1))
             module.running_mean.lerp_(mean.to(module.running_mean.dtype), momentum)
             module.running_var.lerp_(unbiased.to(module.running_var.dtype), momentum)
+
+
+class _InDtype:
+    """An unfused operation of a network whose tensors are stored in another dtype than its parameters'."""
+
+    def __init__(self, call: Callable[..., Any], stored: torch.dtype, native: torch.dtype) -> None:
+        self.call, self.stored, self.native = call, stored, native
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = pytree.tree_map_only(
+            torch.Tensor, lambda t: t.to(self.native) if t.dtype == self.stored else t, (args, kwargs)
+        )
+        return self.call(*args, **kwargs)
 
 
 class _Dense:

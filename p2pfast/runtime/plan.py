@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from p2pfast.runtime.memory import Buffer
+from p2pfast.runtime.versions import Seen
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Constant:
 
     parameters: Callable[[], list[torch.Tensor]]
     refresh: Callable[[], None]
-    seen: tuple[Any, ...] = ()
+    seen: Seen | None = None
 
 
 @dataclass
@@ -93,7 +94,6 @@ class Plan:
     results: list[Result] = field(default_factory=list)
     structure: Any = None
     running: list[RunningStatistics] = field(default_factory=list)
-    names: dict[str, str] = field(default_factory=dict)  # the traced name of each parameter of forward
     dense_inputs: set[str] = field(default_factory=set)  # label maps that something reads as a tensor
     reports: list[Report] = field(default_factory=list)
     keep: list[torch.Tensor] = field(default_factory=list)

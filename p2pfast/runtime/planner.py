@@ -216,7 +216,8 @@ class Planner(Convolutions, LabelConvolutions):
             if isinstance(value, View):
                 stored = self.stored[value.base]
                 stored.buffer.touch(max(0, self.step - 1))
-                stored.buffer.last = 1 << 60  # what it returns may be a view of it
+                if not op.copies:
+                    stored.buffer.last = 1 << 60  # what it returns may be a view of it
                 taken.append((value.base, stored))
                 return Pinned(stored, self._shape(value.base))
             return value

@@ -1,0 +1,241 @@
+"""What an engine runs: a module called as it is, or a graph that TorchDynamo made."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from p2pfast.fuse.capture import capture
+from p2pfast.fuse.graph import Derived, Graph
+from p2pfast.fuse.operators import describe_function
+from p2pfast.fuse.shapes import UNKNOWN, Evaluator
+from p2pfast.fuse.trace import Traced, Untraceable, example, has_hooks, trace
+from p2pfast.labelmap import LabelMap
+
+_CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, slice, type(Ellipsis))
+
+
+class CannotRun(Exception):
+    """Why a network or an input is left to PyTorch."""
+
+
+def _refuse(value: torch.Tensor) -> str | None:
+    if type(value) is not torch.Tensor and type(value) is not nn.Parameter:
+        return f"the input is a {type(value).__name__}"
+    if value.device.type != "cpu":
+        return f"the input is on {value.device}"
+    if value.layout != torch.strided:
+        return f"the input's layout is {value.layout}"
+    return None
+
+
+def leaf_key(value: Any) -> Any:
+    """What a plan depends on of one argument."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype, value.stride()
+    if isinstance(value, LabelMap):
+        ids = None if value.instances is None else value.instances.dtype
+        features = None if value.features is None else value.features.shape
+        return "labels", value.shape, value.num_classes, ids, value.edges, features
+    return type(value), value
+
+
+class Captured:
+    """A graph of PyTorch's operations and what its placeholders are.
+
+    ``names`` are the placeholders of the inputs in order, ``state`` those that are parameters.
+    """
+
+    def __init__(self, traced: Traced, names: list[str], state: dict[str, Derived]) -> None:
+        self.traced, self.names, self.state = traced, names, state
+        self.root, self.spec = traced.root, traced.spec
+
+    @property
+    def complete(self) -> bool:
+        """Whether every value's shape is known without running."""
+        return all("val" in n.meta or n.op == "output" for n in self.traced.graph.nodes)
+
+    def learn(self, arguments: list[Any]) -> Any:
+        """Runs the network in PyTorch once and notes the shapes of all values; returns its results."""
+        return _Learner(self.traced).run(*arguments)
+
+    def fuse(self, inputs: dict[str, Any]) -> Graph:
+        return capture(self.traced, inputs, self.state)
+
+
+class _Learner(fx.Interpreter):
+    def __init__(self, traced: Traced) -> None:
+        super().__init__(traced.root, graph=traced.graph, garbage_collect_values=False)
+        self.traced = traced
+
+    def fetch_attr(self, target: str) -> Any:
+        return self.traced.fetch(target)
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        n.meta["val"] = pytree.tree_map_only(
+            torch.Tensor,
+            lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"),
+            result,
+        )
+        return result
+
+
+class ModuleSource:
+    """A module, traced anew for each kind of input and each state of its attributes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.signature = inspect.signature(type(module).forward)
+        self.modules: list[nn.Module] = list(module.modules())
+        self.state: tuple[Any, ...] | None = None
+        self.epochs: dict[tuple[Any, ...], int] = {}
+        self.epoch = -1
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any], Any]:
+        """A key, the tensors and label maps in order, and the arguments as they will be traced.
+
+        Raises TypeError as the call itself would, CannotRun for arguments that are no tensors or constants.
+        """
+        self.signature.bind(self.module, *args, **kwargs)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors: list[Any] = []
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor):
+                reason = _refuse(leaf)
+                if reason is not None:
+                    raise CannotRun(reason)
+                tensors.append(leaf)
+            elif isinstance(leaf, LabelMap):
+                if leaf.device.type != "cpu":
+                    raise CannotRun(f"the labels are on {leaf.device}")
+                tensors.append(leaf)
+            elif not isinstance(leaf, _CONSTANTS):
+                raise CannotRun(f"an argument is a {type(leaf).__name__}")
+        key = (self._epoch(), spec, *[leaf_key(leaf) for leaf in leaves])
+        return key, tensors, (args, kwargs)
+
+    def _epoch(self) -> int:
+        """A number for the state of all modules: modes, plain attributes, children and hooks."""
+        state = self._state()
+        if state != self.state:
+            self.modules = list(self.module.modules())
+            self.state = self._state()
+            self.epoch = self.epochs.setdefault(self.state, len(self.epochs))
+        return self.epoch
+
+    def _state(self) -> tuple[Any, ...]:
+        parts: list[Any] = []
+        for module in self.modules:
+            held = module.__dict__
+            parts.append(held["training"])
+            if held["_modules"]:
+                parts += map(id, held["_modules"].values())
+            if held["_forward_hooks"] or held["_forward_pre_hooks"]:
+                parts.append((*held["_forward_hooks"], "pre", *held["_forward_pre_hooks"]))
+            kind = type(module)
+            if kind.__module__.startswith("torch.nn.modules."):
+                if isinstance(module, nn.modules.dropout._DropoutNd):
+                    parts.append(module.p)
+                continue
+            parts += [(k, v) for k, v in held.items() if type(v) in (bool, int, float, str)]
+        return tuple(parts)
+
+    def capture(self, arguments: Any, tensors: list[Any], dtype: torch.dtype | None) -> Captured:
+        """Raises CannotRun, with the reason, for a module that cannot be one graph."""
+        if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+            raise CannotRun("there are hooks on all modules")
+        try:
+            traced = trace(self.module, arguments, dtype)
+        except Untraceable as why:
+            raise CannotFollow(str(why)) from why
+        names = [n.name for n in traced.graph.nodes if n.op == "placeholder"]
+        return Captured(traced, names, {})
+
+    def pieces(self, captured: Captured) -> list[tuple[str, nn.Module, str]]:
+        """The submodules that run whole: those that cannot be followed, and those with hooks."""
+        found = []
+        opaque = captured.traced.opaque
+        for node in captured.traced.graph.nodes:
+            if node.op == "call_module":
+                module = self.module.get_submodule(str(node.target))
+                if id(module) in opaque:
+                    found.append((str(node.target), module, opaque[id(module)]))
+                elif has_hooks(module):
+                    found.append((str(node.target), module, "the module has hooks"))
+        return found
+
+
+class CannotFollow(CannotRun):
+    """Why a module's own code cannot be one graph; its submodules may be."""
+
+
+class GraphSource:
+    """A graph that takes its parameters as inputs, as TorchDynamo makes them."""
+
+    def __init__(self, module: fx.GraphModule, parameters: list[bool]) -> None:
+        self.module = module
+        self.bound: tuple[Any, ...] = ()
+        nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
+        self.names = [n.name for n in nodes]
+        used = _used_as_parameters(module)
+        self.held = [given or node in used for node, given in zip(nodes, parameters, strict=True)]
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any], Any]:
+        self.bound = args
+        free = []
+        for value, held in zip(args, self.held, strict=True):
+            if isinstance(value, torch.Tensor):
+                reason = None if type(value) in (torch.Tensor, nn.Parameter) else "a tensor of another class"
+                if value.device.type != "cpu":
+                    reason = f"a tensor is on {value.device}"
+                if reason is not None:
+                    raise CannotRun(reason)
+            if not held:
+                free.append(value)
+        return tuple(leaf_key(value) for value in free), free, args
+
+    def capture(self, arguments: Any, tensors: list[Any], dtype: torch.dtype | None) -> Captured:
+        evaluator = Evaluator(self.module)
+        state: dict[str, Derived] = {}
+        free = []
+        position = -1
+        for node in self.module.graph.nodes:
+            node.meta.pop("val", None)
+            if node.op == "placeholder":
+                position += 1
+                value = arguments[position]
+                if self.held[position]:
+                    node.meta["val"] = evaluator.twin(value)
+                    state[node.name] = self._parameter(node.name, position)
+                else:
+                    free.append(node.name)
+                    node.meta["val"] = example(value, dtype) if isinstance(value, torch.Tensor) else value
+            elif node.op != "output":
+                found = evaluator.evaluate(node)
+                if found is not UNKNOWN:
+                    node.meta["val"] = found
+        return Captured(Traced(self.module, self.module.graph, {}, {}, None), free, state)
+
+    def _parameter(self, name: str, position: int) -> Derived:
+        return Derived(name, lambda: self.bound[position], lambda: [self.bound[position]])
+
+    def pieces(self, captured: Captured) -> list[tuple[str, nn.Module, str]]:
+        return []
+
+
+def _used_as_parameters(module: fx.GraphModule) -> set[fx.Node]:
+    """Placeholders in the place of a weight, bias or statistic."""
+    used: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        call = describe_function(node) if node.op in ("call_function", "call_method") else None
+        if call is not None and call.kind in ("conv", "norm"):
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                value = call.options.get(name)
+                if isinstance(value, fx.Node) and value.op == "placeholder":
+                    used.add(value)
+    return used

@@ -1,0 +1,392 @@
+"""Tracing a module with torch.fx for one kind of input, and refusing what a trace would not repeat.
+
+The values that flow through the trace know their shapes, so control flow on shapes is followed. A module
+whose code cannot be followed stays whole, and so does one with hooks, so that they run.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from p2pfast.fuse.layers import weight_hooks
+from p2pfast.fuse.operators import changes_in_place
+from p2pfast.fuse.shapes import UNKNOWN, Evaluator
+from p2pfast.labelmap import LabelMap
+
+_MOST_OPAQUE = 16  # submodules that cannot be followed before the whole module counts as such
+
+# Recorded although no argument is a traced value: what they make would else be one constant for all runs.
+_FACTORIES = {
+    torch.zeros,
+    torch.ones,
+    torch.empty,
+    torch.full,
+    torch.rand,
+    torch.randn,
+    torch.randint,
+    torch.randperm,
+    torch.normal,
+    torch.bernoulli,
+}
+
+
+class Untraceable(Exception):
+    """Why a module cannot be captured as one graph."""
+
+
+class _SideEffect(Exception):
+    """``module`` changes its attribute ``name`` when it runs."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__(f"running it changes its attribute {name!r}")
+        self.module = module
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward; hooks that compute a weight do not count."""
+    return bool(
+        module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or len(module._forward_pre_hooks) > len(weight_hooks(module))
+    )
+
+
+class _Value(fx.Proxy):
+    """A traced tensor that knows its shape, and that tests of its type find to be a tensor."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return torch.Tensor if isinstance(self.node.meta.get("val"), torch.Tensor) else _Value
+
+    @property
+    def _val(self) -> torch.Tensor | None:
+        value = self.node.meta.get("val")
+        return value if isinstance(value, torch.Tensor) else None
+
+    def __getattr__(self, name: str) -> Any:
+        value = self._val
+        if value is not None:
+            if name in ("shape", "dtype", "ndim", "itemsize", "layout", "is_sparse", "is_quantized"):
+                return getattr(value, name)
+            if name == "device":
+                return torch.device("cpu")
+            if name in ("_is_param", "_is_buffer", "is_cuda", "requires_grad", "is_mps", "is_meta"):
+                return False
+        return super().__getattr__(name)
+
+    def size(self, dim: int | None = None) -> Any:
+        if self._val is not None:
+            return self._val.size() if dim is None else self._val.size(dim)
+        return super().__getattr__("size")(*(() if dim is None else (dim,)))
+
+    def _number(self, name: str, *args: Any) -> Any:
+        if self._val is not None:
+            return getattr(self._val, name)(*args)
+        return super().__getattr__(name)(*args)
+
+    def dim(self) -> Any:
+        return self._number("dim")
+
+    def numel(self) -> Any:
+        return self._number("numel")
+
+    def nelement(self) -> Any:
+        return self._number("nelement")
+
+    def is_floating_point(self) -> Any:
+        return self._number("is_floating_point")
+
+    def stride(self, *args: Any) -> Any:
+        return self._number("stride", *args)
+
+    def is_contiguous(self, *args: Any, **kwargs: Any) -> Any:
+        # Layouts inside are the runtime's own; making a tensor contiguous again costs nothing.
+        return False if self._val is not None else super().__getattr__("is_contiguous")(*args, **kwargs)
+
+    def __len__(self) -> int:
+        if self._val is not None:
+            return len(self._val)
+        value = self.node.meta.get("val")
+        return len(value) if isinstance(value, (list, tuple)) else super().__len__()
+
+    def __iter__(self) -> Iterator[Any]:
+        value = self.node.meta.get("val")
+        if isinstance(value, (torch.Tensor, list, tuple)):
+            own: Any = self
+            return iter([own[i] for i in range(len(value))])
+        return super().__iter__()
+
+
+class _Factories(TorchFunctionMode):
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _FACTORIES and self.tracer.following() and not kwargs.get("requires_grad"):
+            return self.tracer.create_proxy("call_function", func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+class _Tracer(fx.Tracer):
+    """Follows a module's forward on values with shapes."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, root: nn.Module, opaque: set[int]) -> None:
+        super().__init__()
+        self.opaque = opaque
+        self.evaluator = Evaluator(root)
+        self.thread = threading.get_ident()
+        self.evaluating = False
+        self.failed: nn.Module | None = None
+        self.autocast = torch.is_autocast_enabled("cpu")
+        self.spec: Any = None
+
+    def following(self) -> bool:
+        """torch.fx replaces methods of all modules while it traces; what else calls them is let through."""
+        return not self.evaluating and threading.get_ident() == self.thread
+
+    def call_with(self, arguments: Callable[[Callable[..., Any]], tuple[Any, Any]]) -> None:
+        """Sets how ``forward`` is called: ``arguments`` gets a maker of placeholders."""
+        self._arguments = arguments
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        def placeholder(name: str, example: torch.Tensor) -> Any:
+            proxy = self.create_proxy("placeholder", name, (), {})
+            proxy.node.meta["val"] = example
+            return proxy
+
+        args, kwargs = self._arguments(placeholder)
+
+        def run() -> Any:
+            with _Factories(self):
+                leaves, self.spec = pytree.tree_flatten(root_fn(self.root, *args, **kwargs))
+            return leaves
+
+        return run, []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return id(m) in self.opaque or has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if not self.following():
+            return forward(*args, **kwargs)
+        original = getattr(type(m), "__original_forward__", None)
+        if original is not None:
+
+            def forward(*a: Any, **k: Any) -> Any:
+                return original(m, *a, **k)
+
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed is None:
+                self.failed = m
+            raise
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if not self.following():
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if type(a) is _Value else super().create_arg(a)  # whose tests of type it misleads
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
+        if torch.is_autocast_enabled("cpu") != self.autocast:
+            raise Untraceable("its forward switches autocast")
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        if kind not in ("placeholder", "output"):
+            whole = kind == "call_module" and stays_whole(self.root.get_submodule(target), self.opaque)
+            self.evaluating = True
+            try:
+                value = self.evaluator.evaluate(proxy.node, whole)
+            finally:
+                self.evaluating = False
+            if value is not UNKNOWN:
+                proxy.node.meta["val"] = value
+        return proxy
+
+
+def stays_whole(module: nn.Module, opaque: set[int]) -> bool:
+    """Whether what a module returns is only known by calling it."""
+    return id(module) in opaque or has_hooks(module)
+
+
+class _Watch:
+    """The attributes of all modules before a trace, to find and undo what the trace changed."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.before = [(m, dict(m.__dict__), self._inside(m)) for m in root.modules()]
+        numpy = sys.modules.get("numpy.random")
+        self.numpy = None if numpy is None else numpy.get_state()
+        self.torch = torch.get_rng_state()
+        self.random = self._generators()
+
+    @staticmethod
+    def _inside(module: nn.Module) -> dict[str, Any]:
+        held: dict[str, Any] = {}
+        for name, value in module.__dict__.items():
+            if name.startswith(("_forward_", "_backward_", "_p2pfast")):
+                continue
+            if type(value) in (dict, set, list):
+                held[name] = value.copy()
+        return held
+
+    @staticmethod
+    def _generators() -> tuple[Any, ...]:
+        numpy = sys.modules.get("numpy.random")
+        drawn = numpy.get_state() if numpy is not None else None
+        position = None if drawn is None else (drawn[1].tobytes(), drawn[2])
+        return random.getstate(), position, torch.get_rng_state().numpy().tobytes()
+
+    def check(self) -> None:
+        """Puts back what was changed, and raises for it."""
+        drew = self._generators() != self.random
+        if drew:
+            random.setstate(self.random[0])
+            torch.set_rng_state(self.torch)
+            if self.numpy is not None:
+                sys.modules["numpy.random"].set_state(self.numpy)
+        changed: tuple[nn.Module, str] | None = None
+        for module, attributes, inside in self.before:
+            now = module.__dict__
+            for name in [*attributes, *(n for n in now if n not in attributes)]:
+                if name not in attributes:
+                    del now[name]
+                elif name in now and now[name] is attributes[name]:
+                    if name not in inside or _same(now[name], inside[name]):
+                        continue
+                    if isinstance(now[name], list):
+                        now[name][:] = inside[name]
+                    else:
+                        now[name].clear()
+                        now[name].update(inside[name])
+                else:
+                    now[name] = attributes[name]
+                changed = changed or (module, name)
+        if changed is not None:
+            raise _SideEffect(*changed)
+        if drew:
+            raise Untraceable("it draws random numbers in a way that a trace does not repeat")
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(a[k] is b[k] for k in a)
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
+class Traced:
+    """A module's graph for one kind of input.
+
+    ``root`` is the module, ``constants`` are tensors that the trace met; ``opaque`` has the reason of each
+    submodule that stays whole, by id; ``spec`` rebuilds what forward returns.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        graph: fx.Graph,
+        constants: dict[str, torch.Tensor],
+        opaque: dict[int, str],
+        spec: Any,
+    ) -> None:
+        self.root, self.graph, self.constants = root, graph, constants
+        self.opaque, self.spec = opaque, spec
+
+    def fetch(self, path: str) -> Any:
+        """A submodule, parameter, buffer or constant by its path."""
+        if path in self.constants:
+            return self.constants[path]
+        value: Any = self.root
+        for name in path.split("."):
+            value = getattr(value, name)
+        return value
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def example(value: Any, dtype: torch.dtype | None) -> torch.Tensor:
+    """A meta tensor like an input; floating-point inputs take the parameters' dtype, as shapes do not
+    depend on the precision."""
+    if isinstance(value, LabelMap):
+        return torch.empty(value.shape, dtype=dtype or torch.float32, device="meta")
+    kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
+    return torch.empty_like(value, device="meta", dtype=kind)
+
+
+def trace(module: nn.Module, arguments: Any, dtype: torch.dtype | None) -> Traced:
+    """``module`` called with ``arguments``: (args, kwargs) in which tensors and label maps are inputs and
+    everything else is constant.
+
+    Raises:
+        Untraceable: it cannot be one graph; the message says why.
+    """
+    opaque: dict[int, str] = {}
+    while True:
+        watch = _Watch(module)
+        tracer = _Tracer(module, set(opaque))
+        tracer.call_with(lambda placeholder: _placeholders(arguments, placeholder, dtype))
+        failure: Exception | None = None
+        graph: Any = None
+        constants: dict[str, torch.Tensor] = {}
+        try:
+            graph = tracer.trace(module)
+        except Exception as error:
+            failure = error
+        culprit = tracer.failed
+        for name in [n for n in module.__dict__ if n.startswith("_tensor_constant")]:
+            if name not in watch.before[0][1]:
+                constants[name] = module.__dict__.pop(name)
+        try:
+            watch.check()
+        except _SideEffect as effect:
+            failure, culprit = effect, effect.module
+        except Untraceable as why:
+            failure = failure or why
+        if failure is None:
+            _refuse_changed_constants(graph, constants)
+            return Traced(module, graph, constants, opaque, tracer.spec)
+        reason = str(failure) if isinstance(failure, (Untraceable, _SideEffect)) else _first_line(failure)
+        if culprit is None or culprit is module or id(culprit) in opaque or len(opaque) >= _MOST_OPAQUE:
+            raise Untraceable(reason) from failure
+        opaque[id(culprit)] = reason
+
+
+def _placeholders(arguments: Any, placeholder: Callable[..., Any], dtype: torch.dtype | None) -> Any:
+    leaves, spec = pytree.tree_flatten(arguments)
+    made: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, (torch.Tensor, LabelMap)):
+            made.append(placeholder(f"input_{len(made)}", example(leaf, dtype)))
+        else:
+            made.append(leaf)
+    return pytree.tree_unflatten(made, spec)
+
+
+def _refuse_changed_constants(graph: fx.Graph, constants: dict[str, torch.Tensor]) -> None:
+    for node in graph.nodes:
+        if changes_in_place(node) and node.args and isinstance(node.args[0], fx.Node):
+            if node.args[0].op == "get_attr" and str(node.args[0].target) in constants:
+                raise Untraceable("it changes a tensor that it makes itself in a way a trace does not repeat")
