@@ -57,6 +57,7 @@ struct ConvArgs {
   // Raw weights: element (o, i, ky, kx) at o * weight_out_stride + i * weight_in_stride + ky * kernel_w + kx.
   const void* weight;
   DType weight_dtype;
+  DType packed_dtype;  // of panels of packed weights; thin kernels keep float32
   int64_t weight_out_stride, weight_in_stride;
   const float* packed;  // what pack() wrote, or null where the algorithm takes raw weights
   const float* bias;    // out_channels values or null

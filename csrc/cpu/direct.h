@@ -62,7 +62,7 @@ struct Direct {
   const Phases xs{args.kernel_w, args.stride, args.pad_left, args.transposed};
   const int rows_q = static_cast<int>(ceil_div(args.out_height, ys.spread));
   const int columns_q = static_cast<int>(ceil_div(args.out_width, xs.spread));
-  static constexpr int kDepth = 384;
+  static constexpr int kDepth = kMaxDepth;
 
   int block_columns() const { return min2(columns_q, 48); }
   int window_columns() const { return (block_columns() - 1) * xs.step + xs.high - xs.low + 1; }
@@ -86,9 +86,7 @@ struct Direct {
     return static_cast<int>(min2<int64_t>(out_channels, round_up(wanted, kPanel)));
   }
 
-  int64_t packed_floats() const {
-    return static_cast<int64_t>(args.kernel_h) * args.kernel_w * channels * out_channels;
-  }
+  int64_t packed_floats() const { return packed_size(args, depth() * out_channels); }
 
   // Calls f(phase_y, phase_x, floats before it within a column).
   template <class F>
@@ -104,20 +102,20 @@ struct Direct {
   // Depth of the product of all phases together.
   int64_t depth() const { return static_cast<int64_t>(args.kernel_h) * args.kernel_w * channels; }
 
-  template <class W>
-  void pack_from(float* packed) const {
+  template <class W, class B>
+  void pack_from(B* packed) const {
     const W* weight = static_cast<const W*>(args.weight);
     parallel_for(ceil_div(out_channels, kPanel), [&](int64_t panel, int) {
       const int c = static_cast<int>(panel) * kPanel, width = min2(kPanel, out_channels - c);
-      float* base = packed + static_cast<int64_t>(c) * depth();
+      B* base = packed + static_cast<int64_t>(c) * depth();
       for_phases([&](const Phase& py, const Phase& px, int64_t before) {
-        float* to = base + before * width;
+        B* to = base + before * width;
         for (int jy = 0; jy < py.taps; ++jy) {
           for (int jx = 0; jx < px.taps; ++jx) {
             for (int i = 0; i < channels; ++i) {
               const W* w = weight + i * args.weight_in_stride + py.tap[jy] * args.kernel_w + px.tap[jx];
               for (int l = 0; l < width; ++l)
-                *to++ = c + l < args.out_channels ? to_float(w[(c + l) * args.weight_out_stride]) : 0.0f;
+                put(to++, c + l < args.out_channels ? to_float(w[(c + l) * args.weight_out_stride]) : 0.0f);
             }
           }
         }
@@ -255,8 +253,10 @@ struct Direct {
         const int vectors = min2(kPanelVectors, (out_channels - c) / kLanes), width = vectors * kLanes;
         Moments moments[kPanelVectors];
         for_phases([&](const Phase& py, const Phase& px, int64_t before) {
-          multiply(scratch, args.packed + static_cast<int64_t>(c) * depth() + before * width, rows, columns,
-                   vectors, py, px, row_floats);
+          with_packed(args, [&](const auto* packed) {
+            multiply(scratch, packed + static_cast<int64_t>(c) * depth() + before * width, rows, columns,
+                     vectors, py, px, row_floats);
+          });
           auto store =
               args.out.dtype == DType::kFloat32 ? &Direct::store_rows<float> : &Direct::store_rows<bf16>;
           (this->*store)(scratch.sums, width, vectors, image, q0, rows, r0, columns, py, px, c, moments);
@@ -272,10 +272,11 @@ struct Direct {
   }
 
   // sums[row][column][width] of one phase.
-  void multiply(const Scratch& scratch, const float* packed, int rows, int columns, int vectors,
-                const Phase& py, const Phase& px, int64_t row_floats) const {
+  template <class B>
+  void multiply(const Scratch& scratch, const B* packed, int rows, int columns, int vectors, const Phase& py,
+                const Phase& px, int64_t row_floats) const {
     const int width = vectors * kLanes, run = px.taps * channels;
-    const float* weights = packed;
+    const B* weights = packed;
     if (expanded()) {
       auto row = [&](int m) { return scratch.taps + m * expanded_row(); };
       gemm_panel(vectors, rows * columns, row, packed, scratch.sums, width, static_cast<int>(depth()), false,
@@ -292,7 +293,7 @@ struct Direct {
                             static_cast<int64_t>(px.offset - xs.low) * channels;
       for (int k = 0; k < run; k += kDepth) {
         const int depth = min2(kDepth, run - k);
-        const float* now = weights;
+        const B* now = weights;
         weights += static_cast<int64_t>(depth) * width;
         const bool fresh = jy == 0 && k == 0;
         // Pixels of all rows of the block, so that the rows of a small map fill the registers together.

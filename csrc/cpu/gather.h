@@ -119,4 +119,19 @@ inline int total_channels(const ConvArgs& args) {
   return args.source[0].channels + (args.sources > 1 ? args.source[1].channels : 0);
 }
 
+// Floats of memory for `n` packed weights.
+inline int64_t packed_size(const ConvArgs& args, int64_t n) {
+  return args.packed_dtype == DType::kFloat32 ? n : ceil_div(n, 2);
+}
+
+// Calls f with the packed weights as what they are.
+template <class F>
+void with_packed(const ConvArgs& args, F&& f) {
+  if (args.packed_dtype == DType::kFloat32) {
+    f(args.packed);
+  } else {
+    f(reinterpret_cast<const bf16*>(args.packed));
+  }
+}
+
 }  // namespace p2pfast::P2PFAST_LEVEL

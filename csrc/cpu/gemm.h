@@ -1,6 +1,6 @@
 // The register-blocked matrix microkernel behind every convolution: C[m, n] (+)= sum_k A[m, k] B[k, n].
-// A has one row a pixel (or tile), which may lie anywhere; B is packed in panels of kPanel columns, each
-// panel K rows of its width; C is a float32 scratch of row stride ldc.
+// A has one row a pixel (or tile), which may lie anywhere; B (float32 or bfloat16) is packed in
+// panels of kPanel columns, each panel K rows of its width; C is a float32 scratch of row stride ldc.
 #pragma once
 
 #include "cpu/simd.h"
@@ -14,9 +14,9 @@ inline constexpr int kPrefetched = kLanes == 16 ? 2 : 1;  // cache lines for fou
 
 // While it computes, the lines from `next` on are brought into the cache, `step` bytes further for each
 // four values of k: weights that are used once come from memory in the meantime.
-template <int kRows, int kVectors>
-__attribute__((noinline)) void gemm_micro(const float* const* rows, const float* b, float* c, int64_t ldc,
-                                          int k, bool accumulate, const char* next, int step) {
+template <int kRows, int kVectors, class B>
+__attribute__((noinline)) void gemm_micro(const float* const* rows, const B* b, float* c, int64_t ldc, int k,
+                                          bool accumulate, const char* next, int step) {
   const float* a[kRows];
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) a[m] = rows[m];
@@ -55,12 +55,12 @@ __attribute__((noinline)) void gemm_micro(const float* const* rows, const float*
 }
 
 // `row(m)` is where row m of A begins.
-template <int kVectors, class Row>
-void gemm_rows(int rows, Row&& row, const float* b, float* c, int64_t ldc, int k, bool accumulate,
+template <int kVectors, class Row, class B>
+void gemm_rows(int rows, Row&& row, const B* b, float* c, int64_t ldc, int k, bool accumulate,
                const char* next) {
   constexpr int kFull = kVectors == 3 && kLanes < 16 ? 4 : kMaxRows;
   // The next panel is as long as this one; each group of rows fetches its share.
-  const int step = kVectors * kLanes * 16 / max2(1, rows / kFull);
+  const int step = kVectors * kLanes * 4 * static_cast<int>(sizeof(B)) / max2(1, rows / kFull);
   const float* a[kFull];
   for (int m = 0; m < rows; m += kFull) {
     const int count = min2(kFull, rows - m);
@@ -90,21 +90,34 @@ void gemm_rows(int rows, Row&& row, const float* b, float* c, int64_t ldc, int k
   }
 }
 
-// One panel of `vectors` * kLanes columns; `next` is the panel that will be used after it.
-template <class Row>
-void gemm_panel(int vectors, int rows, Row&& row, const float* b, float* c, int64_t ldc, int k,
-                bool accumulate, const float* next) {
+inline constexpr int kMaxDepth = 384;  // of one product
+
+// One panel of `vectors` * kLanes columns, `k` at most kMaxDepth; `next` is the panel that will be used after
+// it. bfloat16 is widened once where many rows use it.
+template <class Row, class B>
+void gemm_panel(int vectors, int rows, Row&& row, const B* b, float* c, int64_t ldc, int k, bool accumulate,
+                const B* next) {
   const char* line = reinterpret_cast<const char*>(next);
-  switch (vectors) {
-    case 1:
-      return gemm_rows<1>(rows, row, b, c, ldc, k, accumulate, line);
-    case 2:
-      return gemm_rows<2>(rows, row, b, c, ldc, k, accumulate, line);
-    case 3:
-      return gemm_rows<3>(rows, row, b, c, ldc, k, accumulate, line);
-    default:
-      if constexpr (kLanes == 16) gemm_rows<4>(rows, row, b, c, ldc, k, accumulate, line);
+  auto run = [&](const auto* panel) {
+    switch (vectors) {
+      case 1:
+        return gemm_rows<1>(rows, row, panel, c, ldc, k, accumulate, line);
+      case 2:
+        return gemm_rows<2>(rows, row, panel, c, ldc, k, accumulate, line);
+      case 3:
+        return gemm_rows<3>(rows, row, panel, c, ldc, k, accumulate, line);
+      default:
+        if constexpr (kLanes == 16) gemm_rows<4>(rows, row, panel, c, ldc, k, accumulate, line);
+    }
+  };
+  if constexpr (sizeof(B) == 2) {
+    if (rows > 2 * kMaxRows) {
+      alignas(64) float wide[kMaxDepth * kPanel];
+      for (int i = 0; i < k * vectors * kLanes; i += kLanes) store(wide + i, load(b + i));
+      return run(wide);
+    }
   }
+  run(b);
 }
 
 }  // namespace p2pfast::P2PFAST_LEVEL

@@ -47,8 +47,8 @@ struct Winograd {
 
   // Transforms input channels [k0, k0 + depth) of output channels [c, c + vectors * kLanes):
   // u[point * point_stride + (k - k0) * vectors * kLanes + lane]. depth is at most kStage.
-  template <class W>
-  void transform_weights(int k0, int depth, int c, int vectors, float* u, int64_t point_stride) const {
+  template <class W, class U>
+  void transform_weights(int k0, int depth, int c, int vectors, U* u, int64_t point_stride) const {
     const W* weight = static_cast<const W*>(args.weight);
     for (int v = 0; v < vectors; ++v) {
       const int first = c + v * kLanes;
@@ -73,7 +73,7 @@ struct Winograd {
 #pragma GCC unroll 4
         for (int x = 0; x < S::kTaps; ++x)
           apply_matrix<Weights, S::kPoints, S::kTaps>(taps + x, S::kTaps, half + x, S::kTaps);
-        float* to = u + static_cast<int64_t>(k) * vectors * kLanes + v * kLanes;
+        U* to = u + static_cast<int64_t>(k) * vectors * kLanes + v * kLanes;
 #pragma GCC unroll 10
         for (int i = 0; i < S::kPoints; ++i) {
           Vec row[S::kPoints];
@@ -89,7 +89,8 @@ struct Winograd {
     static constexpr double at(int point, int tap) { return S::weight(point, tap); }
   };
 
-  void transform_any_weights(int k0, int depth, int c, int vectors, float* u, int64_t point_stride) const {
+  template <class U>
+  void transform_any_weights(int k0, int depth, int c, int vectors, U* u, int64_t point_stride) const {
     if (args.weight_dtype == DType::kFloat32) {
       transform_weights<float>(k0, depth, c, vectors, u, point_stride);
     } else {
@@ -97,10 +98,13 @@ struct Winograd {
     }
   }
 
-  int64_t packed_floats() const { return static_cast<int64_t>(kPoints2) * channels * out_channels; }
+  int64_t packed_floats() const {
+    return packed_size(args, static_cast<int64_t>(kPoints2) * channels * out_channels);
+  }
 
   // Layout: [point][panel][channel][column of the panel].
-  void pack(float* packed) const {
+  template <class U>
+  void pack(U* packed) const {
     const int64_t panels = ceil_div(out_channels, kPanel);
     constexpr int kDepth = 32;
     const int64_t parts = ceil_div(channels, kDepth);
@@ -152,7 +156,8 @@ struct Winograd {
   // sums[s][row][column] over `rows` tiles, panel by panel of `width` columns; see panel_of. The points of
   // channels [k0, k0 + kDepth) begin at v + k0 / kDepth * v_chunk. A chunk of the points stays in the cache
   // while all panels use it; the weights pass by once.
-  void multiply(const float* v, int64_t v_chunk, int64_t lda, int64_t v_point, int rows, const float* u,
+  template <class U>
+  void multiply(const float* v, int64_t v_chunk, int64_t lda, int64_t v_point, int rows, const U* u,
                 int64_t u_point, int width, float* sums, int64_t sum_stride) const {
 #pragma GCC unroll 1
     for (int i = 0; i < S::kPoints; ++i) {
@@ -161,16 +166,16 @@ struct Winograd {
         const int si = S::sum_of(i), sj = S::sum_of(j);
         const bool fresh = si == i && sj == j;
         const int point = i * S::kPoints + j;
-        const float* weights = u + point * u_point;
+        const U* weights = u + point * u_point;
         for (int c = 0; c < width; c += kPanel) {
           const int vectors = panel_vectors(width - c);
           float* sum = panel_of(sums, c, sum_stride) + (si * S::kSums + sj) * sum_stride;
           for (int k0 = 0; k0 < channels; k0 += kDepth) {
             const int depth = min2(kDepth, channels - k0);
-            const float* now = weights;
+            const U* now = weights;
             weights += static_cast<int64_t>(depth) * vectors * kLanes;
             const bool last = k0 + depth == channels && c + kPanel >= width;
-            const float* next = !last ? weights : point + 1 < kPoints2 ? u + (point + 1) * u_point : now;
+            const U* next = !last ? weights : point + 1 < kPoints2 ? u + (point + 1) * u_point : now;
             const float* from = v + k0 / kDepth * v_chunk + point * v_point;
             gemm_panel(
                 vectors, rows, [=](int m) { return from + m * lda; }, now, sum, kPanel, depth,
@@ -393,9 +398,10 @@ struct Winograd {
     });
     for (int c0 = 0; c0 < out_channels; c0 += block_group()) {
       const int width = min2(block_group(), out_channels - c0);
-      multiply(scratch.v, kDepth, block_lda, v_stride, count,
-               args.packed + static_cast<int64_t>(c0) * channels,
-               static_cast<int64_t>(channels) * out_channels, width, scratch.sums, sums_stride);
+      with_packed(args, [&](const auto* packed) {
+        multiply(scratch.v, kDepth, block_lda, v_stride, count, packed + static_cast<int64_t>(c0) * channels,
+                 static_cast<int64_t>(channels) * out_channels, width, scratch.sums, sums_stride);
+      });
       store_any_tiles(image, first, count, c0, width, scratch.sums, sums_stride, part, parts);
     }
   }
@@ -483,19 +489,25 @@ struct Winograd {
       parallel_for(ceil_div(out_channels, task_width), [&](int64_t task, int worker) {
         const StreamScratch scratch = own(worker);
         const int c = static_cast<int>(task) * task_width, width = min2(task_width, out_channels - c);
-        const float* u = args.packed + static_cast<int64_t>(c) * channels;
-        int64_t u_point = static_cast<int64_t>(channels) * out_channels;
+        const int64_t u_point = spread(static_cast<int64_t>(channels) * width);
         if constexpr (!kPacked) {
-          u = scratch.u;
-          u_point = spread(static_cast<int64_t>(channels) * width);
           for (int k0 = 0; k0 < channels; k0 += kStage)
             transform_any_weights(k0, min2(kStage, channels - k0), c, width / kLanes, scratch.u + k0 * width,
                                   u_point);
         }
         for (int64_t from = begin; from < end; from += rows) {
           const int count = static_cast<int>(min2(rows, end - from));
-          multiply(v + (from - begin) * lda, kPoints2 * v_stride, lda, v_stride, count, u, u_point, width,
-                   scratch.sums, sums_stride);
+          auto run = [&](const auto* u, int64_t point) {
+            multiply(v + (from - begin) * lda, kPoints2 * v_stride, lda, v_stride, count, u, point, width,
+                     scratch.sums, sums_stride);
+          };
+          if constexpr (kPacked) {
+            with_packed(args, [&](const auto* packed) {
+              run(packed + static_cast<int64_t>(c) * channels, static_cast<int64_t>(channels) * out_channels);
+            });
+          } else {
+            run(scratch.u, u_point);
+          }
           for (int64_t part = from; part < from + count; part += kGroup) {
             for_images(part, min2(part + kGroup, from + count),
                        [&](int64_t image, int64_t first, int64_t n, int64_t at) {
@@ -567,7 +579,13 @@ int64_t packed_floats(const ConvArgs& args) {
 }
 template <bool kSmall>
 void pack(const ConvArgs& args, float* packed) {
-  with_scheme<kSmall>(args, [&]<class S>() { Winograd<S>{args}.pack(packed); });
+  with_scheme<kSmall>(args, [&]<class S>() {
+    if (args.packed_dtype == DType::kFloat32) {
+      Winograd<S>{args}.pack(packed);
+    } else {
+      Winograd<S>{args}.pack(reinterpret_cast<bf16*>(packed));
+    }
+  });
 }
 template <bool kSmall>
 double multiplications(const ConvArgs& args) {

@@ -49,6 +49,7 @@ class Convolutions(Tensors):
         }
         raw_dtype = module.weight.dtype if module.weight.dtype in DTYPES else torch.float32
         fixed["weight_dtype"] = DTYPES[raw_dtype]
+        fixed["packed_dtype"] = DTYPES[self.dtype]
         sources = [self._source(v) for v in op.inputs]
         output = self._output(out)
         pretend = {**fixed, "sources": [s() for s in sources], "out": output(), "bias": 1}

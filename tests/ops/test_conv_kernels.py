@@ -44,6 +44,7 @@ class Case:
     act: str = "none"
     dtype: torch.dtype = torch.float32
     weight_dtype: torch.dtype = torch.float32
+    packed_dtype: torch.dtype = torch.float32
     layout: str = "padded"
     out_layout: str = "padded"
     block: int = 0
@@ -244,6 +245,7 @@ class Layer:
             "pad": PADDING_MODES.index(c.padding_mode),
             "weight": self.weight.data_ptr(),
             "weight_dtype": int(c.weight_dtype == torch.bfloat16),
+            "packed_dtype": int(c.packed_dtype == torch.bfloat16),
             "weight_out_stride": inner if c.transposed else outer,
             "weight_in_stride": outer if c.transposed else inner,
             "bias": 0 if self.bias is None else self.bias.data_ptr(),
@@ -319,6 +321,27 @@ def test_matches_the_reference(cpu_level: str, buffers: Alloc, case: Case, algor
     for block, group in ((0, 0), (7, 16), (40, 64)):
         layer.case = replace(case, block=block, group=group)
         check(layer, algorithm, layer.run(algorithm))
+
+
+@pytest.mark.parametrize(
+    ("case", "algorithm"), [(c, a) for c, a in KIND_COMBINATIONS if a != "thin"], ids=name
+)
+def test_packed_bfloat16(cpu_level: str, buffers: Alloc, case: Case, algorithm: str) -> None:
+    """Half the memory; exact where bfloat16 weights are packed as they are."""
+    case = replace(case, weight_dtype=torch.bfloat16)
+    for block in (0, 40):
+        layer = Layer(replace(case, block=block), buffers)
+        wide = layer.run(algorithm)
+        layer.case = replace(layer.case, packed_dtype=torch.bfloat16)
+        narrow = layer.run(algorithm)
+        assert 2 * narrow.info["packed_floats"] in (
+            wide.info["packed_floats"],
+            wide.info["packed_floats"] + 1,
+        )
+        if algorithm == "direct":
+            torch.testing.assert_close(narrow.out, wide.out, rtol=1e-6, atol=1e-6)
+        else:
+            assert errors(narrow.out, wide.out.double()) < 1e-2
 
 
 @pytest.mark.parametrize(("case", "algorithm"), KIND_COMBINATIONS, ids=name)

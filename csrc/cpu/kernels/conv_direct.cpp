@@ -6,11 +6,11 @@ const ConvKernel conv_direct = {
     direct_refuses,
     [](const ConvArgs& args) { return Direct{args}.packed_floats(); },
     [](const ConvArgs& args, float* packed) {
-      if (args.weight_dtype == DType::kFloat32) {
-        Direct{args}.pack_from<float>(packed);
-      } else {
-        Direct{args}.pack_from<bf16>(packed);
-      }
+      const Direct direct{args};
+      auto pack = [&](auto* to) {
+        args.weight_dtype == DType::kFloat32 ? direct.pack_from<float>(to) : direct.pack_from<bf16>(to);
+      };
+      args.packed_dtype == DType::kFloat32 ? pack(packed) : pack(reinterpret_cast<bf16*>(packed));
     },
     [](const ConvArgs& args, int threads) { return Direct{args}.workspace(threads); },
     [](const ConvArgs& args) { return Direct{args}.blocks(); },
