@@ -17,7 +17,6 @@ from p2pfast.ops import autocast, gradients
 from p2pfast.ops.conv.activation import activate, activation_code
 from p2pfast.ops.conv.op import PADDING_MODES, conv
 from p2pfast.ops.conv_norm_act.op import conv_norm_act as training_layer
-from p2pfast.ops.conv_norm_act.op import keep_inputs
 from p2pfast.ops.image_uint8.op import image_uint8
 from p2pfast.ops.image_uint8.reference import image_uint8_reference
 from p2pfast.ops.instance_edges.op import instance_edges
@@ -390,29 +389,27 @@ def _trained(
         or (residual is not None and (not _is_image(residual) or residual.shape[1] != channels))
     ):
         return None
-    # Inputs are kept, so that a gradient penalty can differentiate a gradient.
-    with keep_inputs():
-        return training_layer(
-            x,
-            weight,
-            bias,
-            stride=geometry["stride"][0],
-            padding=geometry["padding"][0],
-            output_padding=geometry["output_padding"][0],
-            transposed=geometry["transposed"],
-            padding_mode=geometry["padding_mode"],
-            norm=norm or "none",
-            norm_weight=affine[0],
-            norm_bias=affine[1],
-            running_mean=running[0],
-            running_var=running[1],
-            momentum=statistics["momentum"],
-            use_running=frozen,
-            eps=statistics["eps"],
-            act=act,
-            slope=slope,
-            residual=residual,
-        )
+    return training_layer(
+        x,
+        weight,
+        bias,
+        stride=geometry["stride"][0],
+        padding=geometry["padding"][0],
+        output_padding=geometry["output_padding"][0],
+        transposed=geometry["transposed"],
+        padding_mode=geometry["padding_mode"],
+        norm=norm or "none",
+        norm_weight=affine[0],
+        norm_bias=affine[1],
+        running_mean=running[0],
+        running_var=running[1],
+        momentum=statistics["momentum"],
+        use_running=frozen,
+        eps=statistics["eps"],
+        act=act,
+        slope=slope,
+        residual=residual,
+    )
 
 
 def _chain(

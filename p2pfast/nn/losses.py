@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from p2pfast.ops.conv_norm_act import keep_inputs
 from p2pfast.ops.feature_matching import feature_matching
 from p2pfast.ops.gan_loss import gan_loss
 
@@ -145,7 +144,7 @@ def gradient_penalty(
             x = (real if mix == "real" else fake).clone()
         case _:
             raise ValueError(f"mix is {mix!r}; choose one of mixed, real, fake")
-    with torch.enable_grad(), keep_inputs():
+    with torch.enable_grad():
         x.requires_grad_()
         outputs = torch.stack([s.float().sum() for s in _scales(discriminator(x), "the output")]).sum()
         (gradient,) = torch.autograd.grad(outputs, x, create_graph=True)

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from p2pfast.ops.conv_norm_act import (
     conv_norm_act,
     conv_norm_act_reference,
     convolution,
-    keep_inputs,
     minimal,
 )
 from p2pfast.ops.conv_norm_act.pad import padded, unpadded
@@ -122,18 +123,22 @@ def test_what_is_kept() -> None:
     """A chain keeps its first input and every raw output; not what passes from layer to layer."""
     weights = [torch.randn(8, 8, 3, 3, requires_grad=True) for _ in range(3)]
     x = torch.randn(1, 8, 16, 16)
-    kept: dict[int, int] = {}
+    made: list[StorageWeakRef] = []
 
-    def note(t: Tensor) -> Tensor:
-        if t.numel() >= x.numel():
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(t, Tensor) and t.numel() >= x.numel():
+                    made.append(StorageWeakRef(t.untyped_storage()))
+            return out
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+    with Note():
         y = x
         for w in weights:
             y = conv_norm_act(y, w, padding=1, padding_mode="reflect", norm="instance", act="relu")
-    assert sum(kept.values()) == 4 * x.nbytes
+    # Three raw outputs, and the result that is held here.
+    assert len({r.cdata for r in made if not r.expired()}) == 4
     y.square().sum().backward()
     reference = x
     copies = [w.detach().clone().requires_grad_() for w in weights]
@@ -206,23 +211,29 @@ def test_gradcheck_of_the_reference(number: int) -> None:
 
 
 def test_double_backward() -> None:
-    """A gradient penalty through two layers, and the error where the input was not kept."""
+    """A gradient penalty through two layers, of which the second makes its input again."""
     tensors, options = layer(7, torch.contiguous_format)
     second = torch.randn(6, 20, 3, 3, requires_grad=True)
     inputs = {k: v.requires_grad_() for k, v in tensors.items()}
     found = []
     for function in (conv_norm_act, conv_norm_act_reference):
-        with keep_inputs():
-            y = function(**inputs, **options, norm="instance")
-            y = function(y, second, norm="instance", act="leaky_relu", slope=0.2)
+        y = function(**inputs, **options, norm="instance")
+        y = function(y, second, norm="instance", act="leaky_relu", slope=0.2)
         (first,) = torch.autograd.grad((y**2).sum(), inputs["x"], create_graph=True)
         penalty = (first.flatten(1).norm(dim=1) - 1).square().mean()
         found.append(torch.autograd.grad(penalty, (inputs["x"], inputs["weight"], second)))
     for a, b in zip(*found, strict=True):
         assert (a - b).norm() <= 1e-4 * b.norm()
-    y = conv_norm_act(conv_norm_act(**inputs, **options, norm="instance"), second, norm="instance")
-    with pytest.raises(RuntimeError, match="keep_inputs"):
-        torch.autograd.grad(y.sum(), inputs["x"], create_graph=True)
+
+
+def test_a_changed_norm_parameter_is_noticed() -> None:
+    weight, gain = torch.randn(4, 4, 3, 3, requires_grad=True), torch.ones(4, requires_grad=True)
+    y = conv_norm_act(torch.randn(1, 4, 8, 8), weight, norm="instance", norm_weight=gain)
+    y = conv_norm_act(y, weight, norm="instance")
+    with torch.no_grad():
+        gain.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_under_a_compiler() -> None:

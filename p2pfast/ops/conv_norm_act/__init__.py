@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from p2pfast.ops.conv_norm_act.op import conv_norm_act, keep_inputs
+from p2pfast.ops.conv_norm_act.op import conv_norm_act
 from p2pfast.ops.conv_norm_act.reference import conv_norm_act_reference
 
-__all__ = ["conv_norm_act", "conv_norm_act_reference", "keep_inputs"]
+__all__ = ["conv_norm_act", "conv_norm_act_reference"]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,30 +23,52 @@ NORMS = ("none", "instance", "batch")
 class Recipe:
     """How a layer's output is made again from what its own backward pass keeps."""
 
-    kept: tuple[Tensor | None, ...]  # raw, mean, variance, norm weight, norm bias
+    raw: Tensor
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
     eps: float
     act: str
     slope: float
     version: int  # of the output it describes
+    parameter_versions: tuple[int, ...]
 
-    def make(self, kept: tuple[Tensor | None, ...]) -> Tensor:
-        raw, mean, variance, weight, bias = kept
-        assert raw is not None
-        return norm_act(raw, weight, bias, mean, variance, False, self.eps, self.act, self.slope)[0]
+    def make(self) -> Tensor:
+        """The output.
+
+        Raises:
+            RuntimeError: the norm's parameters have changed since.
+        """
+        if _versions(self.weight, self.bias) != self.parameter_versions:
+            raise RuntimeError(
+                "the weight or bias of a norm was modified by an inplace operation after the forward pass; "
+                "run the backward pass before the optimiser's step"
+            )
+        statistics = self.weight, self.bias, self.mean, self.variance
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return norm_act(self.raw, *statistics, False, self.eps, self.act, self.slope)[0]
 
 
-_keeping = False
+def _versions(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(t._version for t in tensors if t is not None)
 
 
-@contextlib.contextmanager
-def keep_inputs() -> Iterator[None]:
-    """Within it, layers keep their inputs instead of making them again, as a second derivative needs them."""
-    global _keeping
-    before, _keeping = _keeping, True
-    try:
-        yield
-    finally:
-        _keeping = before
+def _kept_as_recipe(x: Tensor, recipe: Recipe | None) -> contextlib.AbstractContextManager[Any]:
+    """Within it, autograd keeps the recipe where it would keep ``x``. What it unpacks has x's place in the
+    graph, so that a gradient can be differentiated."""
+    if recipe is None:
+        return contextlib.nullcontext()
+
+    address, shape = x.data_ptr(), x.shape  # not x itself: autograd keeps the functions
+
+    def pack(t: Tensor) -> Tensor | Recipe:
+        return recipe if t.data_ptr() == address and t.shape == shape else t
+
+    def unpack(kept: Tensor | Recipe) -> Tensor:
+        return kept.make() if isinstance(kept, Recipe) else kept
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 @dataclass
@@ -137,8 +158,7 @@ def conv_norm_act(
         residual: like the result, added before the activation; or None.
 
     Returns:
-        (N, Cout, H', W'). A second derivative (``create_graph=True``) needs the forward pass to be run within
-        ``keep_inputs()``.
+        (N, Cout, H', W'). Differentiable, also twice.
 
     Raises:
         TypeError: a dtype that is not floating point.
@@ -167,10 +187,10 @@ def conv_norm_act(
     if torch.compiler.is_compiling() or not fused:
         y, mean, variance = _composed(x, weight, bias, norm_weight, norm_bias, residual, statistics, options)
     else:
-        with torch.autocast("cpu", enabled=False):
-            source = x.to(lowered)
-            if source is not x:
-                recipe = None
+        source = x.to(lowered)
+        if source is not x:
+            recipe = None
+        with torch.autocast("cpu", enabled=False), _kept_as_recipe(source, recipe):
             y, raw, mean, variance = _ConvNormAct.apply(
                 source,
                 weight.to(lowered),
@@ -180,11 +200,12 @@ def conv_norm_act(
                 None if residual is None else residual.to(lowered),
                 *statistics,
                 options,
-                recipe,
             )
         if norm != "none" and residual is None and y.requires_grad:
-            kept = (raw, mean, variance, norm_weight, norm_bias)
-            y._p2pfast_recipe = Recipe(kept, eps, act, slope, y._version)
+            parameters = norm_weight, norm_bias
+            y._p2pfast_recipe = Recipe(
+                raw, mean, variance, *parameters, eps, act, slope, y._version, _versions(*parameters)
+            )
     if norm != "none" and not use_running and running_mean is not None and running_var is not None:
         values = y.shape[2:].numel() * (y.shape[0] if norm == "batch" else 1)
         update_running(running_mean, running_var, mean, variance, values, momentum)
@@ -193,7 +214,7 @@ def conv_norm_act(
 
 def _recipe_of(x: Tensor) -> Recipe | None:
     recipe = getattr(x, "_p2pfast_recipe", None)
-    if recipe is None or _keeping or recipe.version != x._version:
+    if recipe is None or recipe.version != x._version:
         return None
     found: Recipe = recipe
     return found
@@ -244,7 +265,6 @@ class _ConvNormAct(torch.autograd.Function):
         running_mean: Tensor | None,
         running_var: Tensor | None,
         options: _Options,
-        recipe: Recipe | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         raw = convolution.forward(dense(x), weight, bias, options.geometry)
         act, slope = options.act, options.slope
@@ -271,23 +291,21 @@ class _ConvNormAct(torch.autograd.Function):
             )
             kept = raw
         ctx.options = options
-        ctx.recipe = recipe
         ctx.size = x.shape
         ctx.has_residual = residual is not None
         ctx.mark_non_differentiable(raw, mean, variance)
         ctx.set_materialize_grads(False)
-        inputs = (x,) if recipe is None else recipe.kept
         for_act = residual if act != "none" else None
-        ctx.save_for_backward(weight, bias, norm_weight, norm_bias, for_act, kept, mean, variance, *inputs)
+        ctx.save_for_backward(weight, bias, norm_weight, norm_bias, for_act, kept, mean, variance, x)
         return y, raw, mean, variance
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Any, ...]:
         if grad is None:
-            return (None,) * 10
+            return (None,) * 9
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, grad)
-        weight, bias, norm_weight, norm_bias, residual, kept, mean, variance, *inputs = ctx.saved_tensors
+        weight, bias, norm_weight, norm_bias, residual, kept, mean, variance, x = ctx.saved_tensors
         options: _Options = ctx.options
         needs = ctx.needs_input_grad
         act, slope = options.act, options.slope
@@ -322,20 +340,14 @@ class _ConvNormAct(torch.autograd.Function):
             of_bias = of_raw.new_zeros(of_raw.shape[1]) if own else of_raw.float().sum((0, 2, 3))
             of_bias = of_bias.to(bias.dtype)
         if needs[1]:
-            x = inputs[0] if ctx.recipe is None else ctx.recipe.make(tuple(inputs))
             of_weight = convolution.weight_gradient(of_raw, dense(x), weight, options.geometry)
         if needs[0]:
             of_x = convolution.data_gradient(of_raw, ctx.size, weight, options.geometry)
-        return of_x, of_weight, of_bias, of_norm_weight, of_norm_bias, of_residual, None, None, None, None
+        return of_x, of_weight, of_bias, of_norm_weight, of_norm_bias, of_residual, None, None, None
 
 
 def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Through PyTorch's autograd, so that it can be differentiated again."""
-    if ctx.recipe is not None:
-        raise RuntimeError(
-            "create_graph=True reached a conv_norm_act layer that did not keep its input; run the forward "
-            "pass within p2pfast.ops.conv_norm_act.keep_inputs()"
-        )
     weight, bias, norm_weight, norm_bias, residual, _, mean, variance, x = ctx.saved_tensors
     inputs = [x, weight, bias, norm_weight, norm_bias, residual]
     with torch.autocast("cpu", enabled=False):
@@ -345,4 +357,4 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     gradients = [next(found) if t is not None and t.requires_grad else None for t in inputs]
     if ctx.has_residual and residual is None:
         gradients[5] = grad
-    return *gradients, None, None, None, None
+    return *gradients, None, None, None
