@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -26,10 +27,20 @@ KNOWN_GAPS = {
     "unit": LAYOUT + ", so that randn_like draws its numbers in another order",
     "stargan-generator": "num_batches_tracked of an InstanceNorm is counted, and PyTorch does not count it",
 }
-NAMES = [
-    pytest.param(name, marks=pytest.mark.xfail(reason=KNOWN_GAPS[name])) if name in KNOWN_GAPS else name
-    for name in ZOO
-]
+HOOKS = "a hook of a module of the network's own class is also called while shapes are found"
+KNOWN_GAPS_OF_INPUTS = {
+    "pldt-converter": "the layout of one pixel is told from the input's, and PyTorch forgets it there",
+    "progressive-generator": HOOKS,
+    "progressive-discriminator": HOOKS,
+}
+
+
+def names(gaps: dict[str, str]) -> list[Any]:
+    """All names, those with gaps marked."""
+    return [
+        pytest.param(name, marks=pytest.mark.xfail(reason=gaps[name])) if name in gaps else name
+        for name in ZOO
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +70,11 @@ def relative(found: Tensor, expected: Tensor, scale: float = 1e-3) -> float:
     return float(difference / expected.norm().clamp_min(scale))
 
 
+def layout(x: Tensor) -> list[int]:
+    """The strides that mean something: not those of dimensions of one element."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+
+
 def check_same(found: object, expected: object, eager: object, exact: bool) -> None:
     """At most twice the error of eager float32 against float64, or rounding's where that is lucky.
 
@@ -66,13 +82,13 @@ def check_same(found: object, expected: object, eager: object, exact: bool) -> N
     """
     assert tree_structure(found) == tree_structure(eager)
     for f, e, g in zip(tree_leaves(found), tree_leaves(expected), tree_leaves(eager), strict=True):
-        assert f.shape == g.shape and f.dtype == g.dtype and f.stride() == g.stride()
+        assert f.shape == g.shape and f.dtype == g.dtype and layout(f) == layout(g)
         bound = max(3e-5, 2 * relative(g, e)) if exact else 6e-5
         assert relative(f, e if exact else g) <= bound
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names(KNOWN_GAPS))
 def test_inference(name: str, training: bool) -> None:
     net, inputs = make(name)
     net.train(training)
@@ -129,7 +145,7 @@ def test_training(name: str) -> None:
         assert relative(f, e if exact else g, scale) <= bound
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names(KNOWN_GAPS))
 def test_kept_behaviour(name: str) -> None:
     net, inputs = make(name)
     net.eval()
@@ -140,12 +156,12 @@ def test_kept_behaviour(name: str) -> None:
     assert all(a is b for a, b in zip(net.parameters(), fast.parameters(), strict=True))
     ours, theirs = inspect.signature(type(fast).__original_forward__), inspect.signature(type(net).forward)
     assert ours == theirs
-    names = list(theirs.parameters)[1:]
+    keys = list(theirs.parameters)[1:]
     torch.manual_seed(5)
     answer = tree_leaves(fast(*inputs))
     torch.manual_seed(5)
-    by_name = tree_leaves(fast(**dict(zip(names, inputs, strict=False))))
-    assert all(torch.equal(a, b) for a, b in zip(answer, by_name, strict=True))
+    by_name = tree_leaves(fast(**dict(zip(keys, inputs, strict=False))))
+    assert all(relative(a, b) < 3e-5 for a, b in zip(answer, by_name, strict=True))
     assert not net.training and not any(m.training for m in fast.modules())
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
@@ -164,3 +180,35 @@ def test_kept_behaviour(name: str) -> None:
     fast.load_state_dict(before)
     torch.manual_seed(5)
     assert all(torch.equal(a, b) for a, b in zip(answer, tree_leaves(fast(*inputs)), strict=True))
+
+
+def seeded(net: nn.Module, inputs: tuple[Tensor, ...]) -> object:
+    torch.manual_seed(5)
+    with torch.no_grad():
+        return net(*inputs)
+
+
+@pytest.mark.parametrize("name", names(KNOWN_GAPS | KNOWN_GAPS_OF_INPUTS))
+def test_other_inputs_and_hooks(name: str) -> None:
+    net, inputs = make(name)
+    net.eval()
+    fast = p2pfast.optimize(net)
+    width, size = ZOO[name].small
+    few = ZOO[name].inputs(1, size, width)
+    last = tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
+    for given in (inputs, few, last, few, inputs):
+        answer = seeded(net, given)
+        check_same(seeded(fast, given), answer, answer, exact=False)
+    before = [x.clone() for x in inputs]
+    seeded(fast, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+
+    seen: list[str] = []
+    for path, module in net.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            module.register_forward_hook(lambda m, i, o, path=path: seen.append(path))
+            break
+    answer = seeded(net, inputs)
+    calls = list(seen)
+    check_same(seeded(p2pfast.optimize(net), inputs), answer, answer, exact=False)
+    assert seen == 2 * calls
