@@ -256,9 +256,7 @@ class Layer:
             "group": c.group,
         }
 
-    def run(
-        self, algorithm: str, extra: dict[str, Any] | None = None, *, statistics: bool = True
-    ) -> Result:
+    def run(self, algorithm: str, extra: dict[str, Any] | None = None, *, statistics: bool = True) -> Result:
         c, number = self.case, ALGORITHMS.index(algorithm)
         out = strided(self.alloc, (c.images, c.out_channels, *c.out_size), c.out_layout, c.dtype)
         call = self.call(out) | (extra or {})

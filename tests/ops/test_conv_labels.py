@@ -1,4 +1,4 @@
-"""Convolutions of inputs that are one vector for each label over large parts: computed once, the rest copied."""
+"""Convolutions of inputs that are one vector for each label over large parts: computed once and copied."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class BiGANDiscriminator(nn.Module):
         self.image = nn.Sequential(
             encoder(3, width, n), nn.Conv2d(width * 2 ** (n - 1), 8 * width, 4), nn.LeakyReLU(0.1)
         )
-        self.codes = nn.Sequential(
+        self.code = nn.Sequential(
             nn.Conv2d(LATENT, 8 * width, 1),
             nn.LeakyReLU(0.1),
             nn.Conv2d(8 * width, 8 * width, 1),
@@ -66,7 +66,7 @@ class BiGANDiscriminator(nn.Module):
         )
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        return self.joint(torch.cat([self.image(x), self.codes(z)], 1)).squeeze()
+        return self.joint(torch.cat([self.image(x), self.code(z)], 1)).squeeze()
 
 
 class VAEGAN(nn.Module):

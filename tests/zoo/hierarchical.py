@@ -368,9 +368,9 @@ ENTRIES = {
         AttnGANStage, _attention, "Xu et al. 2018, arXiv:1711.10485", 6, small=(4, 8), real=(32, 64)
     ),
     "progressive-generator": Entry(
-        ProgressiveGeneratorBlock, _progressive, _PROGRESSIVE, 0, small=(4, 16), real=(64, 128)
+        ProgressiveGeneratorBlock, _progressive, _PROGRESSIVE, 4, small=(4, 16), real=(64, 128)
     ),
     "progressive-discriminator": Entry(
-        ProgressiveDiscriminatorBlock, images(), _PROGRESSIVE, 0, small=(4, 16), real=(64, 128)
+        ProgressiveDiscriminatorBlock, images(), _PROGRESSIVE, 5, small=(4, 16), real=(64, 128)
     ),
 }

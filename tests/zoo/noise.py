@@ -296,6 +296,6 @@ ENTRIES = {
     "wgan-gp-critic": Entry(
         WGANGPCritic, images(), "Gulrajani et al. 2017, arXiv:1704.00028", 10, small=(3, 32)
     ),
-    "sagan-discriminator": Entry(SAGANDiscriminator, images(), _SAGAN, 0),
-    "sagan-generator": Entry(SAGANGenerator, noise_and_class, _SAGAN, 0),
+    "sagan-discriminator": Entry(SAGANDiscriminator, images(), _SAGAN, 7),
+    "sagan-generator": Entry(SAGANGenerator, noise_and_class, _SAGAN, 10),
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -19,28 +18,14 @@ import p2pfast
 BATCH = 3  # a batch norm over one pixel of two images turns every value into a sign
 
 
-# What the fused network does not do yet as PyTorch does it.
-LAYOUT = "an operation left to PyTorch sees and returns another memory layout than PyTorch would give it"
+# What the fused network does not do as PyTorch does it.
 KNOWN_GAPS = {
-    "ssgan-structure": LAYOUT,
-    "attngan-stage": LAYOUT,
-    "unit": LAYOUT + ", so that randn_like draws its numbers in another order",
-    "stargan-generator": "num_batches_tracked of an InstanceNorm is counted, and PyTorch does not count it",
+    "pldt-converter": "the layout of one pixel is told from the input's, and PyTorch forgets it there"
 }
-HOOKS = "a hook of a module of the network's own class is also called while shapes are found"
-KNOWN_GAPS_OF_INPUTS = {
-    "pldt-converter": "the layout of one pixel is told from the input's, and PyTorch forgets it there",
-    "progressive-generator": HOOKS,
-    "progressive-discriminator": HOOKS,
-}
-
-
-def names(gaps: dict[str, str]) -> list[Any]:
-    """All names, those with gaps marked."""
-    return [
-        pytest.param(name, marks=pytest.mark.xfail(reason=gaps[name])) if name in gaps else name
-        for name in ZOO
-    ]
+WITH_GAPS = [
+    pytest.param(name, marks=pytest.mark.xfail(reason=KNOWN_GAPS[name])) if name in KNOWN_GAPS else name
+    for name in ZOO
+]
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +73,7 @@ def check_same(found: object, expected: object, eager: object, exact: bool) -> N
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", names(KNOWN_GAPS))
+@pytest.mark.parametrize("name", list(ZOO))
 def test_inference(name: str, training: bool) -> None:
     net, inputs = make(name)
     net.train(training)
@@ -145,7 +130,7 @@ def test_training(name: str) -> None:
         assert relative(f, e if exact else g, scale) <= bound
 
 
-@pytest.mark.parametrize("name", names(KNOWN_GAPS))
+@pytest.mark.parametrize("name", list(ZOO))
 def test_kept_behaviour(name: str) -> None:
     net, inputs = make(name)
     net.eval()
@@ -188,7 +173,7 @@ def seeded(net: nn.Module, inputs: tuple[Tensor, ...]) -> object:
         return net(*inputs)
 
 
-@pytest.mark.parametrize("name", names(KNOWN_GAPS | KNOWN_GAPS_OF_INPUTS))
+@pytest.mark.parametrize("name", WITH_GAPS)
 def test_other_inputs_and_hooks(name: str) -> None:
     net, inputs = make(name)
     net.eval()

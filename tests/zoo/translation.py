@@ -461,5 +461,5 @@ ENTRIES = {
     "stargan-discriminator": Entry(StarDiscriminator, images(), _STAR, 6, real=(64, 128)),
     "pix2pixhd-generator": Entry(CoarseToFine, _labels_and_edges, _HD, 19, real=(32, 256)),
     "pix2pixhd-discriminator": Entry(MultiscaleDiscriminator, _labels_and_image, _HD, 8, real=(64, 256)),
-    "spade-generator": Entry(SpadeGenerator, _labels, _SPADE, 20, real=(32, 128)),
+    "spade-generator": Entry(SpadeGenerator, _labels, _SPADE, 26, real=(32, 128)),
 }
