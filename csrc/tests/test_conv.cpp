@@ -25,6 +25,7 @@ struct Shape {
   int output_padding = 0;
   Pad mode = Pad::kZero;
   int block = 0, group = 0;
+  bool constant = false;  // one value for all pixels of an image and channel
 };
 
 int64_t padded(int64_t channels) { return (channels + 15) / 16 * 16; }
@@ -55,7 +56,9 @@ struct Input {
         scale[static_cast<size_t>(n * padded(count) + c)] = random.uniform() + 0.5f;
         shift[static_cast<size_t>(n * padded(count) + c)] = random.uniform() - 0.5f;
         for (int y = 0; y < s.height; ++y)
-          for (int x = 0; x < s.width; ++x) at(n, y, x, c) = from_bf16(to_bf16(random.uniform() - 0.3f));
+          for (int x = 0; x < s.width; ++x)
+            at(n, y, x, c) =
+                s.constant && y + x > 0 ? at(n, 0, 0, c) : from_bf16(to_bf16(random.uniform() - 0.3f));
       }
     }
     if (half)
@@ -213,6 +216,15 @@ void compare(ConvAlgorithm algorithm, const Shape& shape, bool nchw, bool half, 
               planes ? pixels : 1,
               half ? DType::kBFloat16 : DType::kFloat32};
   if (kernel.refuses(args) != nullptr) return;
+  // A constant input is one label; the packed Winograd algorithms then copy tiles.
+  const auto map = [&](int64_t height, int64_t width) {
+    return std::vector<uint8_t>(static_cast<size_t>(shape.images * height * width), 3);
+  };
+  std::vector<uint8_t> uniform = map(shape.height, shape.width), out_uniform = map(p.out_height, p.out_width);
+  if (shape.constant) {
+    args.uniform = uniform.data();
+    args.out_uniform = out_uniform.data();
+  }
   std::vector<float> packed(static_cast<size_t>(kernel.packed_floats(args)), NAN);
   // Workspaces are aligned to 64 bytes.
   const int64_t bytes = kernel.workspace_bytes(args, p2pfast::num_threads());
@@ -294,6 +306,102 @@ TEST(conv_matches_naive) {
     }
   });
   p2pfast::set_num_threads(2);
+}
+
+// The numbers of a shape, mostly small, that may or may not go together.
+Shape random_shape(p2pfast::testing::Random& random) {
+  const auto pick = [&](int low, int high) { return low + static_cast<int>(random.below(high - low + 1)); };
+  Shape s{};
+  s.images = pick(1, 2);
+  s.height = pick(1, 14);
+  s.width = random.below(8) == 0 ? pick(60, 140) : pick(1, 14);
+  s.channels = pick(1, 24);
+  s.second = random.below(4) == 0 ? pick(1, 20) : 0;
+  s.out_channels = random.below(2) == 0 ? pick(1, 4) : pick(1, 40);
+  const int common[] = {3, 3, 3, 4, 4, 7, pick(1, 9)};
+  s.kernel = common[random.below(7)];
+  s.stride = pick(1, 3);
+  s.pad = pick(0, s.kernel / 2 + 1);
+  s.transposed = random.below(3) == 0;
+  s.output_padding = s.transposed && s.stride > 1 ? pick(0, 1) : 0;
+  s.mode = s.transposed ? Pad::kZero : static_cast<Pad>(random.below(3));
+  s.block = random.below(2) == 0 ? pick(0, 40) : 0;
+  s.group = random.below(2) == 0 ? pick(0, 64) : 0;
+  s.constant = s.second == 0 && random.below(3) == 0;
+  return s;
+}
+
+bool runs(const Shape& shape) {
+  try {
+    const Problem problem(shape, false, false);
+    return true;
+  } catch (const std::invalid_argument&) {
+    return false;
+  }
+}
+
+TEST(conv_random_shapes) {
+  p2pfast::testing::at_every_level([](const char*) {
+    p2pfast::testing::Random random(11);
+    int ran = 0;
+    for (int i = 0; i < 120; ++i) {
+      const Shape shape = random_shape(random);
+      if (!runs(shape)) continue;
+      ++ran;
+      const auto layout = static_cast<Layout>(random.below(3));
+      const bool nchw = random.below(4) == 0, half = random.below(2) == 0;
+      for (int a = 0; a < p2pfast::kConvAlgorithms; ++a)
+        compare(static_cast<ConvAlgorithm>(a), shape, nchw, half, layout);
+    }
+    CHECK(ran > 50);
+  });
+}
+
+// Whatever the numbers are, they are refused or have sizes.
+TEST(conv_random_arguments) {
+  p2pfast::testing::Random random(12);
+  Problem problem({1, 8, 8, 4, 0, 4, 3, 1, 1}, false, false);
+  const int32_t values[] = {-2147483647 - 1, -1, 0, 1, 2, 3, 7, 8, 9, 16, 17, 1000, 1 << 24, 2147483647};
+  int refused = 0, accepted = 0;
+  for (int i = 0; i < 20000; ++i) {
+    ConvArgs args = problem.args;
+    int32_t* const fields[] = {&args.images,
+                               &args.height,
+                               &args.width,
+                               &args.out_height,
+                               &args.out_width,
+                               &args.out_channels,
+                               &args.kernel_h,
+                               &args.kernel_w,
+                               &args.stride,
+                               &args.pad_top,
+                               &args.pad_left,
+                               &args.sources,
+                               &args.block,
+                               &args.group,
+                               &args.source[0].channels,
+                               &args.source[1].channels};
+    args.transposed = random.below(3) == 0;
+    args.pad = static_cast<Pad>(random.below(3));
+    for (int64_t changes = random.below(4); changes >= 0; --changes)
+      *fields[random.below(16)] = values[random.below(14)];
+    try {
+      p2pfast::check(args);
+    } catch (const std::invalid_argument& error) {
+      ++refused;
+      CHECK(std::strlen(error.what()) > 10);
+      continue;
+    }
+    ++accepted;
+    for (int a = 0; a < p2pfast::kConvAlgorithms; ++a) {
+      const ConvKernel& kernel = p2pfast::conv_kernel(static_cast<ConvAlgorithm>(a));
+      if (kernel.refuses(args) != nullptr) continue;
+      CHECK(kernel.packed_floats(args) >= 0);
+      CHECK(kernel.workspace_bytes(args, 2) > 0);
+      CHECK(kernel.partials(args) > 0);
+    }
+  }
+  CHECK(refused > 1000 && accepted > 1000);
 }
 
 TEST(conv_checks_its_arguments) {

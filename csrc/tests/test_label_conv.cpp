@@ -182,6 +182,35 @@ TEST(label_conv_matches_naive) {
   p2pfast::set_num_threads(2);
 }
 
+TEST(label_conv_random_shapes) {
+  p2pfast::testing::at_every_level([](const char*) {
+    p2pfast::testing::Random random(5);
+    const auto pick = [&](int64_t low, int64_t high) { return low + random.below(high - low + 1); };
+    int ran = 0;
+    for (int i = 0; i < 60; ++i) {
+      LabelConvShape s{};
+      s.batch = pick(1, 2);
+      s.height = pick(0, 20);
+      s.width = random.below(4) == 0 ? pick(60, 140) : pick(0, 20);
+      s.classes = static_cast<int32_t>(random.below(8) == 0 ? pick(250, 258) : pick(1, 9));
+      s.has_edges = random.below(2) == 0;
+      s.cout = static_cast<int32_t>(pick(0, 20));
+      s.kernel = static_cast<int32_t>(pick(1, 8));
+      s.pool_levels = static_cast<int32_t>(random.below(2) == 0 ? 0 : pick(0, 3));
+      s.reflect = random.below(2) == 0;
+      s.band_rows = pick(0, 6);
+      try {
+        p2pfast::label_conv_check(s);
+      } catch (const std::invalid_argument&) {
+        continue;
+      }
+      compare(s);
+      ++ran;
+    }
+    CHECK(ran > 10);
+  });
+}
+
 TEST(label_conv_checks_its_shape) {
   const LabelConvShape good{1, 8, 8, 5, true, 16, 7, 0, true, 0};
   const auto with = [&](auto change) {

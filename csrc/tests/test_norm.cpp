@@ -119,6 +119,18 @@ TEST(norm_statistics_merge_and_apply) {
   p2pfast::set_num_threads(2);
 }
 
+TEST(norm_random_shapes) {
+  p2pfast::testing::at_every_level([](const char*) {
+    p2pfast::testing::Random random(6);
+    const auto pick = [&](int low, int high) { return low + static_cast<int>(random.below(high - low + 1)); };
+    for (int i = 0; i < 25; ++i) {
+      const int width = random.below(6) == 0 ? pick(30, 80) : pick(1, 9);
+      statistics_and_apply(pick(1, 3), pick(1, 20), width, pick(1, random.below(4) == 0 ? 140 : 20),
+                           random.below(2) == 0);
+    }
+  });
+}
+
 void average(int height, int width, int channels, int kernel, int stride, int pad, bool include, bool nchw) {
   const auto side = [&](int length) { return (length + 2 * pad - kernel) / stride + 1; };
   Image x(2, height, width, channels, nchw), out(2, side(height), side(width), channels, nchw);
