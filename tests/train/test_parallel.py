@@ -36,7 +36,7 @@ def together(config: Config, processes: int = 2) -> list[str]:
     ]
     output = []
     for process in started:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
         output.append(out + err)
     return output
