@@ -316,17 +316,26 @@ def _set_up_torch(config: Config) -> None:
         torch.backends.cudnn.benchmark = True
 
 
+#: Seconds after which a second signal means more than the first. `timeout`, torchrun and terminals send one
+#: wish twice, to the process and to its group.
+_AGAIN = 1.0
+
+
 @contextmanager
 def _signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets, so that the step is finished and saved; twice ends at once."""
+    """An event that Ctrl-C or SIGTERM sets, so that the step is finished and saved; later ones end it."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
+    first = math.inf
 
     def ask(number: int, frame: Any) -> None:
-        if stop.is_set():
+        nonlocal first
+        now = time.monotonic()
+        if now - first >= _AGAIN:
             raise KeyboardInterrupt
+        first = min(first, now)
         stop.set()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 
 from p2pfast.cli import app
 from p2pfast.errors import InputError, UsageError
-from p2pfast.train import storage
+from p2pfast.train import storage, trainer
 from p2pfast.train.config import Config
 from p2pfast.train.pix2pix import Pix2Pix
 from p2pfast.train.trainer import Diverged, Quiet, train
@@ -81,8 +81,8 @@ def test_what_a_run_writes(tiny: Tiny) -> None:
 
 
 def terminate_all() -> None:
-    """As a scheduler does, which signals every process of a job."""
-    for process in [child.pid for child in multiprocessing.active_children()] + [os.getpid()]:
+    """As `timeout` does: every process of the group, and the first one once more."""
+    for process in [child.pid for child in multiprocessing.active_children()] + 2 * [os.getpid()]:
         assert process is not None
         os.kill(process, signal.SIGTERM)
 
@@ -128,7 +128,10 @@ def test_a_killed_run_ends_like_an_unbroken_one(tiny: Tiny) -> None:
     assert_same_run(whole, broken)
 
 
-def test_a_second_interrupt_stops_at_once_and_leaves_whole_files(tiny: Tiny) -> None:
+def test_a_second_interrupt_stops_at_once_and_leaves_whole_files(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "_AGAIN", 0.0)
     config = tiny("pix2pix", save_latest_freq=1, n_epochs=100)
 
     def twice() -> None:
