@@ -492,8 +492,9 @@ class Matcher:
                 return "its scale or statistics depend on data"
             if any(call.options.get(n) in self.changed for n in names if call.options.get(n) is not None):
                 return "its scale or statistics are changed elsewhere"
-            if not isinstance(call.options.get("momentum", 0.0), (int, float)):
-                return "its momentum is no number"
+            numbers = [call.options[name] for name in ("momentum", "eps") if name in call.options]
+            if not all(isinstance(number, (int, float)) for number in numbers):
+                return "its eps or momentum depends on data"
             path = f"norm_{node.name}"
             self.graph.layers[path] = NormLayer(tensors, {**call.options, "training": training})
         kind = statistics

@@ -201,6 +201,16 @@ def _act(kind: str, options: dict[str, Any]) -> Act | None:
     return Act(kind)
 
 
+def _known(value: Any) -> Any:
+    """A number that the graph computes from what a plan is made for, as the number."""
+    if isinstance(value, fx.Node):
+        found = value.meta.get("val")
+        return found if isinstance(found, (bool, int, float)) else value
+    if type(value) in (tuple, list, fx.immutable_collections.immutable_list):
+        return [_known(v) for v in value]
+    return value
+
+
 def describe_function(node: fx.Node) -> Call | None:
     """What a function or method does, or None for one that no kernel of ours knows."""
     if node.op == "call_function" and isinstance(node.target, str):
@@ -227,6 +237,7 @@ def describe_function(node: fx.Node) -> Call | None:
         return None
     options.update(fixed)
     x = options.pop("input")
+    options = {name: _known(value) for name, value in options.items()}
     inplace = options.pop("inplace", False) is True
     if kind == "act":
         act = _act(options.pop("act"), options)

@@ -36,6 +36,8 @@ def _refuse(value: torch.Tensor) -> str | None:
 def leaf_key(value: Any) -> Any:
     """What a plan depends on of one argument."""
     if isinstance(value, torch.Tensor):
+        if value.dim() == 0 and value.dtype == torch.float64:  # a number, as TorchDynamo passes them
+            return value.dtype, value.item()
         return value.shape, value.dtype, value.stride()
     if isinstance(value, LabelMap):
         ids = None if value.instances is None else value.instances.dtype
@@ -77,6 +79,8 @@ class _Learner(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
+        if isinstance(result, (bool, int, float)):
+            return result  # it may be another one the next time
         n.meta["val"] = pytree.tree_map_only(
             torch.Tensor,
             lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"),
@@ -214,7 +218,10 @@ class GraphSource:
                     state[node.name] = self._parameter(node.name, position)
                 else:
                     free.append(node.name)
-                    node.meta["val"] = example(value, dtype) if isinstance(value, torch.Tensor) else value
+                    number = not isinstance(value, torch.Tensor) or (
+                        value.dim() == 0 and value.dtype == torch.float64
+                    )
+                    node.meta["val"] = value if number else example(value, dtype)
             elif node.op != "output":
                 found = evaluator.evaluate(node)
                 if found is not UNKNOWN:
