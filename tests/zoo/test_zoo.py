@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 from zoo.counting import convolutions, fused_convolutions
@@ -197,3 +198,25 @@ def test_other_inputs_and_hooks(name: str) -> None:
     calls = list(seen)
     check_same(seeded(p2pfast.optimize(net), inputs), answer, answer, exact=False)
     assert seen == 2 * calls
+
+
+COMPILED = (
+    "dcgan-generator",
+    "cyclegan-generator",
+    "pix2pix-unet",
+    "stargan-discriminator",
+    "spade-generator",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in COMPILED else pytest.param(n, marks=pytest.mark.slow) for n in ZOO]
+)
+def test_compile_backend(name: str) -> None:
+    dynamo = pytest.importorskip("p2pfast.fuse.dynamo", reason="the torch.compile backend is not there yet")
+    net, inputs = make(name)
+    net.eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend=dynamo.backend)
+    answer = seeded(net, inputs)
+    check_same(seeded(compiled, inputs), answer, answer, exact=False)
