@@ -233,11 +233,14 @@ class FusedSequential(nn.Sequential):
 
     def stages(self, x: Tensor) -> Iterator[Tensor]:
         """The result of every chain, in order."""
-        for chain in self.chains():
+        # Tracing must leave no mark on the module.
+        for chain in chains(list(self)) if isinstance(x, fx.Proxy) else self.chains():
             x = chain(x)
             yield x
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return super().forward(input)
         for chain in self.chains():
             input = chain(input)
         return input

@@ -257,6 +257,11 @@ def test_inside_optimize_and_compile() -> None:
     fast = p2pfast.optimize(net)
     torch.testing.assert_close(fast(x), expected, atol=1e-5, rtol=1e-4)
     assert not p2pfast.explain(fast).unfused
+    judge = PatchDiscriminator(3, 16, 1, features=True)
+    judged = p2pfast.optimize(judge)
+    for a, b in zip(judged(expected), judge(expected), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert not p2pfast.explain(judged).unfused
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     found = compiled(x)
     torch.testing.assert_close(found, expected)
