@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
+import p2pfast
 from p2pfast import models
+from p2pfast.data.scenes import draw_scene
 from p2pfast.models import norm_layer_of
 
 FIXTURES = Path(__file__).parent / "fixtures" / "golden"
@@ -92,3 +94,34 @@ def seed_weights(model: nn.Module) -> nn.Module:
             state[key] = torch.from_numpy(np.asarray(values(key, value.shape), np.float32))
     model.load_state_dict(state)
     return model
+
+
+def leaves(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [leaf for item in value for leaf in leaves(item)]
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative L2 error; the size of a where b is zero, as the constant output of a 1x1 norm is."""
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-3))
+
+
+def make(name: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    small = SMALL[name]
+    net = small.make()
+    inputs: tuple[torch.Tensor, ...] = (torch.randn(2, small.channels, *small.size),)
+    if name.startswith("encoder"):
+        inputs += (torch.randint(0, 3, (2, 1, *small.size)),)
+    return net, inputs
+
+
+def drops(net: nn.Module) -> bool:
+    return any(isinstance(m, nn.Dropout) for m in net.modules())
+
+
+def street(seed: int, height: int = 64, width: int = 128) -> p2pfast.LabelMap:
+    scene = draw_scene(seed, width=width, height=height, photo=False)
+    labels = torch.from_numpy(np.asarray(scene.labels).astype(np.int64))[None, None]
+    instances = torch.from_numpy(np.asarray(scene.instances).astype(np.int32))[None, None]
+    return p2pfast.LabelMap(labels, instances, num_classes=35)

@@ -231,6 +231,7 @@ PoolArgs read_pool(const py::dict& dict) {
   a.kernel = f.need<int>("kernel");
   a.stride = f.need<int>("stride");
   a.pad = f.get<int>("pad", 0);
+  a.pad_top = f.get<int>("pad_top", a.pad);
   a.count_include_pad = f.get<bool>("count_include_pad", true);
   a.out = read_output(f.need<py::dict>("out"));
   f.done();
@@ -259,8 +260,15 @@ LabelConvArgs read_label_conv(const py::dict& dict) {
   a.partials = f.pointer<float>("partials");
   a.uniform = f.pointer<uint8_t>("uniform");
   a.scratch = f.pointer<void>("scratch");
+  a.row_begin = f.get<int64_t>("row_begin", 0);
+  a.row_end = f.get<int64_t>("row_end", 0);
   f.done();
   label_conv_check(a.shape);
+  const int64_t height = label_conv_layout(a.shape).out_height;
+  const int64_t end = a.row_end > 0 ? a.row_end : height;
+  if (a.row_begin < 0 || a.row_begin >= end || end > height)
+    throw std::invalid_argument("row_begin and row_end are " + std::to_string(a.row_begin) + " and " +
+                                std::to_string(a.row_end) + "; they must be rows of the output");
   return a;
 }
 

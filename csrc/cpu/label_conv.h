@@ -72,6 +72,9 @@ struct LabelConvArgs {
   uint8_t* uniform;  // null, or (N, H', W'): the label of a window that holds one label, no edge and no
                      // padded tap, 255 for any other window (needs classes <= 255)
   void* scratch;     // layout.scratch_bytes
+  // Only output rows [row_begin, row_end) of each image; row_end 0: up to the last. out, partials and
+  // uniform then start at row_begin and hold so many rows, in as many bands of statistics.
+  int64_t row_begin = 0, row_end = 0;
 };
 
 struct LabelConvKernels {

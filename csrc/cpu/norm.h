@@ -47,6 +47,7 @@ struct PoolArgs {
   Source source;
   int32_t images, height, width, channels, out_height, out_width;
   int32_t kernel, stride, pad;
+  int32_t pad_top;  // rows of padding above: pad, or less where the input is a band of an image
   bool count_include_pad;
   Output out;
 };

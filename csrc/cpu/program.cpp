@@ -138,12 +138,16 @@ void check(const ConvArgs& a) {
       const int64_t input = rows ? a.height : a.width, kernel = rows ? a.kernel_h : a.kernel_w;
       const int64_t reach = (input - 1) * a.stride - 2 * (rows ? a.pad_top : a.pad_left) + kernel;
       const int64_t out = rows ? a.out_height : a.out_width;
-      require(out >= reach && out < reach + a.stride, rows ? "out_height" : "out_width", out,
-              "it does not follow from the input, stride, padding and kernel");
+      // A band of the output has fewer rows than the input gives, and at the lower border any padding.
+      const int64_t slack = rows ? a.pad_top : 0;
+      require((rows || out >= reach) && out < reach + slack + a.stride, rows ? "out_height" : "out_width",
+              out, "it does not follow from the input, stride, padding and kernel");
     }
   } else {
     const int64_t last_row = static_cast<int64_t>(a.out_height - 1) * a.stride - a.pad_top + a.kernel_h - 1;
-    require(last_row < a.height + a.pad_top + a.stride, "out_height", a.out_height,
+    // A band at the lower border has the image's padding below, whatever it has above.
+    const int64_t below = a.pad_top < a.kernel_h ? a.kernel_h - 1 : a.pad_top;
+    require(last_row < a.height + below + a.stride, "out_height", a.out_height,
             "it reaches past the padded input");
     const int64_t last_column =
         static_cast<int64_t>(a.out_width - 1) * a.stride - a.pad_left + a.kernel_w - 1;
@@ -185,7 +189,8 @@ void check(const PoolArgs& a) {
   require(a.pad >= 0 && 2 * a.pad <= a.kernel, "pad", a.pad, "it must be from 0 to half the kernel");
   require_positive("out_height", a.out_height);
   require_positive("out_width", a.out_width);
-  const int64_t rows = static_cast<int64_t>(a.out_height - 1) * a.stride - a.pad;
+  require(a.pad_top >= 0 && a.pad_top <= a.pad, "pad_top", a.pad_top, "it must be from 0 to the padding");
+  const int64_t rows = static_cast<int64_t>(a.out_height - 1) * a.stride - a.pad_top;
   const int64_t columns = static_cast<int64_t>(a.out_width - 1) * a.stride - a.pad;
   require(rows + a.kernel <= a.height + a.pad, "out_height", a.out_height,
           "it reaches past the padded input");

@@ -136,7 +136,7 @@ void average(int height, int width, int channels, int kernel, int stride, int pa
   Image x(2, height, width, channels, nchw), out(2, side(height), side(width), channels, nchw);
   x.randomise(4, 0);
   p2pfast::norm_kernels().avg_pool({x.source(), 2, height, width, channels, out.height, out.width, kernel,
-                                    stride, pad, include, out.output()});
+                                    stride, pad, pad, include, out.output()});
   for (int n = 0; n < 2; ++n)
     for (int c = 0; c < channels; ++c)
       for (int y = 0; y < out.height; ++y)

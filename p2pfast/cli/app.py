@@ -23,6 +23,10 @@ app = typer.Typer(
 
 DTYPE_HELP = "float32, or bfloat16: half the memory, quicker where the processor has it, errors of about 1 %."
 DEVICE_HELP = "auto takes a GPU if PyTorch finds one."
+MEMORY_HELP = (
+    "Memory for the network, such as 8GB; larger pictures are computed in bands, with the same result. "
+    "Default: most of the memory that is free."
+)
 THREADS_HELP = "Processor threads for the network; 0 takes all cores."
 
 Dtype = Annotated[str, typer.Option("--dtype", metavar="float32|bfloat16", help=DTYPE_HELP)]
@@ -108,6 +112,7 @@ def translate(
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, max=256, help="Pictures of one size run together.")] = 1,
     threads: Threads = 0,
+    memory_limit: Annotated[str | None, typer.Option(help=MEMORY_HELP)] = None,
 ) -> None:
     """Translate label maps or pictures with a trained network.
 
@@ -139,6 +144,7 @@ def translate(
             gallery=gallery,
             batch_size=batch_size,
             threads=threads,
+            memory_limit=memory_limit,
         )
     )
 

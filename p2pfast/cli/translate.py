@@ -39,6 +39,7 @@ class TranslateOptions:
     gallery: bool
     batch_size: int
     threads: int
+    memory_limit: str | None
 
 
 class _Rate(TextColumn):
@@ -84,7 +85,7 @@ def _job(options: TranslateOptions) -> Job:
             )
     elif channels not in (1, 3):
         raise UsageError(f"the network takes {channels} channels, not a picture; use --labels for label maps")
-    ready = network.prepare(model, dtype, device, options.evaluate)
+    ready = network.prepare(model, dtype, device, options.evaluate, options.memory_limit)
     if ready.alone and options.batch_size > 1:
         typer.echo(
             "batches of 1: the network's BatchNorm or dropout is live, so pictures would mix (see --eval)",

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from p2pfast.fuse.optimize import Optimized
+from p2pfast.runtime.cpu import CpuEngine
+from p2pfast.runtime.memory import readable
+from p2pfast.runtime.plan import Plan
 
 
 @dataclass
@@ -33,6 +36,7 @@ class Explanation:
     unfused: list[tuple[str, str]] = field(default_factory=list)
     note: str = ""
     pieces: list[tuple[str, str]] = field(default_factory=list)
+    memory: str = ""
 
     @property
     def seconds(self) -> float:
@@ -54,6 +58,8 @@ class Explanation:
                     f"{r.megabytes:7.1f}"
                 )
             lines.append(f"native steps: {self.seconds * 1e3:.1f} ms")
+        if self.memory:
+            lines.append(self.memory)
         for name, reason in self.pieces:
             lines.append(f"a piece of its own: {name}: {reason}")
         for name, reason in self.unfused:
@@ -90,6 +96,7 @@ def _explain(model: nn.Module, prefix: str) -> Explanation:
             row = Row(prefix + report.name, report.kernel, report.detail, spent, speed, report.bytes / 1e6)
             found.rows.append(row)
         found.unfused += [(prefix + name, reason) for name, reason in graph.notes]
+        found.memory = _memory(state.engine, plan)
     for path, (module, reason) in state.pieces.items():
         piece = _explain(module, f"{prefix}{path}.")
         found.pieces.append((prefix + path, f"{reason}; {piece.note}" if piece.note else reason))
@@ -99,3 +106,15 @@ def _explain(model: nn.Module, prefix: str) -> Explanation:
     if state.pieces and state.reason is not None:
         found.note = f"optimised in {len(state.pieces)} pieces, not as one: {state.reason}"
     return found
+
+
+def _memory(engine: CpuEngine, plan: Plan) -> str:
+    peak = plan.arena_bytes + plan.packed_bytes + plan.outside_bytes
+    parts = [
+        f"intermediate tensors {readable(plan.arena_bytes)}",
+        f"packed weights {readable(plan.packed_bytes)}",
+        f"parameters, inputs and results {readable(plan.outside_bytes)}",
+    ]
+    limit = "no limit" if engine.memory_limit is None else f"limit {readable(engine.memory_limit)}"
+    bands = f"up to {plan.bands} bands" if plan.bands else "no bands"
+    return f"memory: {', '.join(parts)}: at most {readable(peak)} ({limit}, {bands})"

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from p2pfast.fuse.source import CannotFollow, CannotRun, ModuleSource
 from p2pfast.labelmap import LabelMap
 from p2pfast.runtime.cpu import STORED, CpuEngine
+from p2pfast.runtime.memory import OutOfMemory
 
 _TRACKER = "please report it with the network to p2pfast's issue tracker"
 _MODES = ("inference", "train")
@@ -131,7 +132,8 @@ class _State:
             self.never = "mode='train': the fused backward pass is not there yet, training runs in PyTorch"
         self.reason = self.never
         limit = options["memory_limit"]
-        self.packed_limit = None if limit is None else parse_bytes(limit) // 2
+        self.memory_limit = None if limit is None else parse_bytes(limit)
+        self.packed_limit = None if self.memory_limit is None else self.memory_limit // 2
 
     def _parameter(self) -> torch.Tensor | None:
         return next((p for p in self.plain.parameters() if p.is_floating_point()), None)
@@ -154,7 +156,7 @@ class _State:
             self.source = ModuleSource(self.plain)
         if (dtype, native) not in self.engines:
             self.engines[dtype, native] = CpuEngine(
-                self.source, dtype, native, self.packed_limit, self._add_piece
+                self.source, dtype, native, self.packed_limit, self._add_piece, self.memory_limit
             )
         return self.engines[dtype, native]
 
@@ -192,6 +194,8 @@ class _State:
         except CannotRun as why:
             self.reason = str(why)
             return self._original(args, kwargs)
+        except OutOfMemory:
+            raise  # PyTorch would need more
         except Exception as error:
             return self._recover(error, args, kwargs)
 
@@ -255,8 +259,10 @@ def optimize(
         mode: ``"inference"`` runs without gradients; ``"train"`` keeps them.
         backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"reference"`` (the module itself, to compare with).
         accuracy: ``"default"``, or ``"fast"`` for a looser error where a kernel offers one; none does yet.
-        memory_limit: bytes (or ``"4GB"``, ``"512MB"``) that packed copies of weights may take; fewer make
-            layers transform their weights while they run.
+        memory_limit: bytes (or ``"4GB"``, ``"512MB"``) for everything a call needs: parameters, inputs,
+            results, packed copies of weights and intermediate tensors. Where tensors do not fit, they are
+            computed again in horizontal bands instead of being kept: the same answer within rounding, in
+            more time. None: most of the memory that is free.
 
     Returns:
         A module of a subclass of ``type(model)``: same call signature, same ``state_dict``. Layouts,
@@ -264,6 +270,7 @@ def optimize(
 
     Raises:
         TypeError: ``model`` is not a module. ValueError: an option has an unknown value.
+        Calls raise :class:`p2pfast.runtime.memory.OutOfMemory`, a MemoryError, where even bands do not fit.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; optimize takes a torch.nn.Module")

@@ -48,11 +48,19 @@ def choose_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def accelerate(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """p2pfast's version of a network, on ``device``; it takes LabelMap as well as tensors."""
+def accelerate(
+    model: nn.Module, dtype: torch.dtype, device: torch.device, memory_limit: str | None = None
+) -> nn.Module:
+    """p2pfast's version of a network, on ``device``; it takes LabelMap as well as tensors.
+
+    Raises UsageError for a ``memory_limit`` that is no size.
+    """
     import p2pfast
 
-    return p2pfast.optimize(model.to(device), dtype=dtype)
+    try:
+        return p2pfast.optimize(model.to(device), dtype=dtype, memory_limit=memory_limit)
+    except ValueError as error:
+        raise UsageError(f"--memory-limit: {first_line(error)}") from error
 
 
 def input_channels(model: nn.Module) -> int:
@@ -75,7 +83,13 @@ def load_checkpoint(path: Path) -> nn.Module:
         raise UsageError(f"checkpoint {first_line(error)}") from error
 
 
-def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device, evaluate: bool = False) -> Network:
+def prepare(
+    model: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device,
+    evaluate: bool = False,
+    memory_limit: str | None = None,
+) -> Network:
     """Optimise a network for translation.
 
     A loaded network comes in the mode of the published test scripts: BatchNorm uses the statistics of the
@@ -90,7 +104,7 @@ def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device, evaluate
         fit = network_fit(model, channels)
     except (RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"not an image-to-image network: {first_line(error)}") from error
-    return Network(accelerate(model, dtype, device), channels, fit, device, dtype, alone)
+    return Network(accelerate(model, dtype, device, memory_limit), channels, fit, device, dtype, alone)
 
 
 def count_classes(channels: int, with_instances: bool, given: int | None) -> int:

@@ -11,18 +11,12 @@ from torch import nn
 from p2pfast import _C
 from p2pfast.fuse.graph import (
     Act,
-    AddOp,
-    ApplyOp,
-    ConvOp,
-    ForeignOp,
     Graph,
     Norm,
-    Op,
-    PoolOp,
     View,
-    map_views,
 )
 from p2pfast.runtime.choice import Choice, Options
+from p2pfast.runtime.liveness import Liveness, count_uses, needs_statistics
 from p2pfast.runtime.memory import Buffer
 from p2pfast.runtime.plan import Constant, Pack, Plan, Report, Result, Stored
 
@@ -46,7 +40,8 @@ class Builder:
     """State of lowering one graph. ``modules`` maps paths to modules; ``dtype`` is that of stored tensors.
 
     ``options`` collects what could run each convolution; ``chosen`` says what does, where it is not the
-    quickest.
+    quickest. Bases in ``virtual`` are not kept but computed in bands of about ``band_bytes`` where they are
+    needed.
     """
 
     def __init__(
@@ -57,20 +52,30 @@ class Builder:
         dtype: torch.dtype,
         packs: dict[Any, Pack],
         chosen: dict[str, Choice],
+        direct: dict[int, View],
+        virtual: frozenset[int] = frozenset(),
+        band_bytes: int = 0,
     ) -> None:
         self.graph, self.modules, self.inputs, self.dtype = graph, modules, inputs, dtype
         self.packs, self.chosen = packs, chosen
         self.options: dict[str, Options] = {}
-        self.changes: list[tuple[Any, str, Any]] = []
+        self.others: dict[str, Options] = {}  # for bands that refuse all of these
         self.plan = Plan()
         self.buffers: list[Buffer] = []
         self.steps: list[Callable[[Any], int]] = []
         self.stored: dict[int, Stored] = {}
         self.norms: dict[tuple[int, Norm], tuple[Buffer | Address, Buffer | Address, int]] = {}
-        self.slot_of: dict[int, int] = {}
         self.workspace = self._buffer(64)
-        self.uses = self._count_uses()
+        self.uses = count_uses(graph)
+        self.direct, self.virtual, self.band_bytes = direct, virtual, band_bytes
+        self.live = Liveness(graph, virtual)
         self.results: dict[int, Result] = {}
+        self.weights: dict[tuple[int, Choice], dict[str, Address]] = {}
+        self.packed_sizes: dict[tuple[str, int], int] = {}
+        self.tables: dict[int, Address] = {}
+        self.edge_maps: dict[str, Buffer] = {}
+        self.scratch: dict[int, Buffer] = {}
+        self.outside: dict[int, Stored] = {}
 
     # --- memory ------------------------------------------------------------------------------------
 
@@ -109,44 +114,10 @@ class Builder:
         address = view.data_ptr()
         return lambda: address
 
-    def _set(self, target: Any, name: str, value: Any) -> None:
-        """Changes the graph, or a frozen part of it, so that :meth:`undo` can take it back."""
-        self.changes.append((target, name, getattr(target, name)))
-        object.__setattr__(target, name, value)
-
-    def undo(self) -> None:
-        """The graph as it was before this planner."""
-        for target, name, value in reversed(self.changes):
-            object.__setattr__(target, name, value)
-        self.changes.clear()
-
     # --- graph facts -------------------------------------------------------------------------------
 
-    def _views(self, op: Op) -> list[View]:
-        if isinstance(op, ConvOp):
-            return list(op.inputs)
-        if isinstance(op, AddOp):
-            return [v for v in (op.left, op.right) if v is not None]
-        if isinstance(op, (ApplyOp, PoolOp)):
-            return [op.view] if op.view is not None else []
-        found: list[View] = []
-        if isinstance(op, ForeignOp):
-            map_views((op.args, op.kwargs), lambda v: found.append(v) if isinstance(v, View) else None)
-        return found
-
-    def _count_uses(self) -> dict[int, list[View]]:
-        uses: dict[int, list[View]] = {}
-        for op in self.graph.ops:
-            for view in self._views(op):
-                uses.setdefault(view.base, []).append(view)
-        map_views(
-            self.graph.result,
-            lambda v: uses.setdefault(v.base, []).append(v) if isinstance(v, View) else None,
-        )
-        return uses
-
     def _needs_statistics(self, base: int) -> bool:
-        return any(v.norm is not None and v.norm.kind != "frozen" for v in self.uses.get(base, []))
+        return needs_statistics(self.uses, base)
 
     def _shape(self, base: int) -> tuple[int, int, int, int]:
         return self.graph.bases[base].shape

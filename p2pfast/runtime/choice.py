@@ -232,8 +232,11 @@ class _Memory:
 _memory = _Memory()
 
 
-def _measure(args: dict[str, Any], choice: Choice) -> float:
-    """Seconds of one run with arbitrary data: inputs in the cache, weights in memory, as in a network."""
+def _measure(args: dict[str, Any], choice: Choice, best: float = float("inf")) -> float:
+    """Seconds of one run with arbitrary data: inputs in the cache, weights in memory, as in a network.
+
+    A run to warm up that is far behind the ``best`` so far is enough.
+    """
     info = _C.conv_info(choice.algorithm, {**args, "block": choice.block, "group": choice.group})
     trial, share = _shortened(args, info["multiplications"])
     trial = {**trial, "block": choice.block, "group": choice.group}
@@ -244,7 +247,7 @@ def _measure(args: dict[str, Any], choice: Choice) -> float:
         dtype = torch.bfloat16 if source.get("dtype") else torch.float32
         spans = [
             (source["image_stride"], trial["images"]),
-            (source["row_stride"], args["height"]),
+            (source["row_stride"], trial["height"]),
             (source["pixel_stride"], args["width"]),
             (source.get("channel_stride", 1), source["channels"]),
         ]
@@ -256,7 +259,7 @@ def _measure(args: dict[str, Any], choice: Choice) -> float:
     out = dict(trial["out"])
     spans = [
         (out["image_stride"], trial["images"]),
-        (out["row_stride"], args["out_height"]),
+        (out["row_stride"], trial["out_height"]),
         (out["pixel_stride"], args["out_width"]),
         (out.get("channel_stride", 1), -(-trial["out_channels"] // 16) * 16),
     ]
@@ -275,7 +278,11 @@ def _measure(args: dict[str, Any], choice: Choice) -> float:
         trial["count"] = _memory.at("count", trial["images"] * info["partials"])
     if trial.get("bias"):
         trial["bias"] = _memory.at("bias", trial["out_channels"])
+    start = time.perf_counter()
     _C.run_conv(choice.algorithm, trial)
+    seconds = (time.perf_counter() - start) / share
+    if seconds > 2.0 * best:
+        return seconds
     _memory.evict()
     _memory.touch("source")
     start = time.perf_counter()
@@ -303,9 +310,13 @@ def options(args: dict[str, Any]) -> Options:
         # An estimate that is far behind needs no measurement to lose, unless it is what needs least memory.
         least = min(c.packed for c in found)
         close = [c for c in found if c.seconds < 2.0 * found[0].seconds or c.packed == least]
-        timed = sorted((replace(c, seconds=_measure(args, c)) for c in close), key=lambda c: c.seconds)
+        timed: Options = []
+        for candidate in close:
+            best = min((c.seconds for c in timed), default=float("inf"))
+            timed.append(replace(candidate, seconds=_measure(args, candidate, best)))
+        timed.sort(key=lambda c: c.seconds)
         # Again for the best: another program's burst must not decide for months.
-        again = [replace(c, seconds=min(c.seconds, _measure(args, c))) for c in timed[:3]]
+        again = [replace(c, seconds=min(c.seconds, _measure(args, c, timed[0].seconds))) for c in timed[:3]]
         known = sorted(again + timed[3:], key=lambda c: c.seconds)
         cache.put(signature, known)
     return known

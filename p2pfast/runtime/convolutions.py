@@ -10,36 +10,37 @@ import torch
 from p2pfast import _C
 from p2pfast.fuse.graph import ConvOp
 from p2pfast.runtime import choice as choices
-from p2pfast.runtime.builder import DTYPES, PADS, Address, act_fields, channel_stride
-from p2pfast.runtime.plan import Constant, Pack, Report
-from p2pfast.runtime.tensors import Tensors
+from p2pfast.runtime.bands import Part, Window, window_of
+from p2pfast.runtime.builder import DTYPES, PADS, Address, act_fields
+from p2pfast.runtime.plan import Constant, Pack, Stored
+from p2pfast.runtime.tensors import Gathering, Tensors, Work
 
 
 class Convolutions(Tensors):
     """Lowers convolutions of stored tensors."""
 
-    def _conv(self, op: ConvOp) -> None:
+    def _conv(self, op: ConvOp, part: Part, out: Stored, gathering: Gathering | None) -> Work:
         module: Any = self.modules[op.path]
         transposed = bool(module.transposed)
         base = self._shape(op.inputs[0].base)
         n, c, h, w = self._shape(op.out)
-        self._fold_activation(op)
-        out = self._make(op.out)
         kernel_h, kernel_w = module.kernel_size
         in_channels = sum(self._shape(v.base)[1] for v in op.inputs)
         taps = kernel_h * kernel_w
-        statistics = self._needs_statistics(op.out)
+        window = Window(0, base[2], op.pad_top)
+        if part.image is not None:
+            window = window_of(op, self.modules, part.begin, part.end, base[2])
         fixed: dict[str, Any] = {
-            "images": n,
-            "height": base[2],
+            "images": n if part.image is None else 1,
+            "height": window.end - window.begin,
             "width": base[3],
-            "out_height": h,
+            "out_height": part.end - part.begin,
             "out_width": w,
             "out_channels": c,
             "kernel_h": kernel_h,
             "kernel_w": kernel_w,
             "stride": module.stride[0],
-            "pad_top": op.pad_top,
+            "pad_top": window.pad_top,
             "pad_left": op.pad_left,
             "transposed": transposed,
             "pad": PADS[op.pad_mode],
@@ -50,42 +51,22 @@ class Convolutions(Tensors):
         raw_dtype = module.weight.dtype if module.weight.dtype in DTYPES else torch.float32
         fixed["weight_dtype"] = DTYPES[raw_dtype]
         fixed["packed_dtype"] = DTYPES[self.dtype]
-        sources = [self._source(v) for v in op.inputs]
-        output = self._output(out)
+        sources = [self._source(v, part.first_image, window.begin) for v in op.inputs]
+        output = self._output(out, part.first_image, part.begin)
         pretend = {**fixed, "sources": [s() for s in sources], "out": output(), "bias": 1}
-        if statistics:
+        if gathering is not None:
             pretend.update(partial=1, count=1)
-        found = choices.options(pretend)
-        self.options[op.name] = [
-            replace(c, packed=0) if self._pack_key(op.path, c, pretend) in self.packs else c for c in found
-        ]
-        chosen = self.chosen.get(op.name, found[0])
+        chosen, info = self._choice(op, pretend)
         fixed.update(block=chosen.block, group=chosen.group)
         pretend.update(block=chosen.block, group=chosen.group)
         addresses: dict[str, Address] = {"workspace": self._at(self.workspace)}
-        skips = self._skip_labels(op, chosen, pretend, addresses)
-        info = _C.conv_info(chosen.algorithm, pretend)
-        self.workspace.bytes = max(self.workspace.bytes, info["workspace_bytes"])
-
-        if info["packed_floats"]:
-            addresses["packed"] = self._packed(op.path, module, chosen, pretend, info["packed_floats"])
-        else:
-            addresses["weight"] = self._raw_weight(module, raw_dtype)
-        if module.bias is not None:
-            bias = self._affine(module, "bias", c)
-            if bias:
-                addresses["bias"] = bias
-        parts = info["partials"]
-        if statistics:
-            partial, count = self._buffer(4 * n * parts * 2 * channel_stride(c)), self._buffer(4 * n * parts)
-            addresses["partial"], addresses["count"] = self._at(partial), self._at(count)
-        moved = (
-            sum(4.0 * n * self._shape(v.base)[1] * base[2] * base[3] for v in op.inputs) + 4.0 * n * c * h * w
-        )
-        detail = f"{in_channels}→{c} {kernel_h}×{kernel_w} s{module.stride[0]} @{h}×{w}"
+        skips = part.image is None and self._skip_labels(op, chosen, pretend, addresses, out)
         if skips:
-            detail += ", one-label tiles copied"
-        self._report(Report(op.name, chosen.name, detail, info["multiplications"], moved))
+            info = self._info(chosen, pretend)
+        self.workspace.bytes = max(self.workspace.bytes, info["workspace_bytes"])
+        addresses.update(self._weights(op, module, chosen, pretend, info["packed_floats"]))
+        if gathering is not None:
+            addresses["partial"], addresses["count"] = gathering.take(part, info["partials"])
         algorithm = chosen.algorithm
 
         def build(program: Any) -> int:
@@ -93,11 +74,18 @@ class Convolutions(Tensors):
             return program.conv(algorithm, {**fields, **{k: v() for k, v in addresses.items()}})
 
         self._add(build)
-        if statistics:
-            self._merge(op.out, partial, self._at(count), parts)
+        detail = f"{in_channels}→{c} {kernel_h}×{kernel_w} s{module.stride[0]} @{h}×{w}"
+        if skips:
+            detail += ", one-label tiles copied"
+        return Work(chosen.name, detail, info["multiplications"])
 
     def _skip_labels(
-        self, op: ConvOp, chosen: choices.Choice, args: dict[str, Any], addresses: dict[str, Address]
+        self,
+        op: ConvOp,
+        chosen: choices.Choice,
+        args: dict[str, Any],
+        addresses: dict[str, Address],
+        out: Stored,
     ) -> bool:
         """Whether regions of one label are computed once: where the input has a map of them and the algorithm
         uses it. The output has such regions in turn."""
@@ -108,20 +96,48 @@ class Convolutions(Tensors):
             return False
         addresses["uniform"] = self._at(ask())
         args["uniform"] = 1
-        self._offer_uniform(op.out, addresses, "out_uniform")
+        self._offer_uniform(op.out, out, addresses, "out_uniform")
         return True
 
-    def _fold_activation(self, op: ConvOp) -> None:
-        """An activation that every reader wants, with no normalisation before it, is done on the way out."""
-        if op.act is not None or op.out in self.results:
-            return
-        uses = self.uses.get(op.out, [])
-        acts = {v.act for v in uses}
-        if len(acts) != 1 or None in acts or any(v.norm is not None for v in uses):
-            return
-        self._set(op, "act", acts.pop())
-        for view in uses:
-            self._set(view, "act", None)
+    def _choice(self, op: ConvOp, pretend: dict[str, Any]) -> tuple[choices.Choice, dict[str, Any]]:
+        """The algorithm of a convolution: the same for all its bands, unless it refuses one."""
+        found = self.options.get(op.name)
+        if found is None:
+            found = [
+                replace(c, packed=0) if self._pack_key(op.path, c, pretend) in self.packs else c
+                for c in choices.options(pretend)
+            ]
+            self.options[op.name] = found
+        # The estimate's order, for a band that none of the options takes: there are always some that do.
+        for chosen in (self.chosen.get(op.name, found[0]), *found, *self.others.get(op.name, ())):
+            info = self._info(chosen, pretend)
+            if info["refuses"] is None:
+                return chosen, info
+        self.others[op.name] = choices.options(pretend)
+        chosen = self.others[op.name][0]
+        return chosen, self._info(chosen, pretend)
+
+    def _info(self, chosen: choices.Choice, pretend: dict[str, Any]) -> dict[str, Any]:
+        return _C.conv_info(chosen.algorithm, {**pretend, "block": chosen.block, "group": chosen.group})
+
+    def _weights(
+        self, op: ConvOp, module: Any, chosen: choices.Choice, args: dict[str, Any], floats: int
+    ) -> dict[str, Address]:
+        """Addresses of the weights, packed where the algorithm packs them, and of the bias."""
+        known = self.weights.get((op.out, chosen))
+        if known is not None:
+            return known
+        addresses: dict[str, Address] = {}
+        if floats:
+            addresses["packed"] = self._packed(op.path, module, chosen, args, floats)
+        else:
+            dtype = module.weight.dtype if module.weight.dtype in DTYPES else torch.float32
+            addresses["weight"] = self._raw_weight(module, dtype)
+        bias = self._affine(module, "bias", self._shape(op.out)[1])
+        if bias is not None:
+            addresses["bias"] = bias
+        self.weights[(op.out, chosen)] = addresses
+        return addresses
 
     def _pack_key(self, path: str, chosen: choices.Choice, args: dict[str, Any]) -> Any:
         # A module that was replaced by another one at the same path has weights of its own.
@@ -133,6 +149,7 @@ class Convolutions(Tensors):
         self, path: str, module: Any, chosen: choices.Choice, args: dict[str, Any], floats: int
     ) -> Address:
         """Packed weights, one copy for all plans of the network."""
+        self.packed_sizes[path, chosen.algorithm] = 4 * floats
         key = self._pack_key(path, chosen, args)
         entry = self.packs.get(key)
         if entry is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from p2pfast import _C
 from p2pfast.fuse.graph import ForeignOp, Graph
 from p2pfast.fuse.source import Captured, GraphSource, ModuleSource
 from p2pfast.labelmap import LabelMap
+from p2pfast.runtime.liveness import result_views
+from p2pfast.runtime.memory import OutOfMemory, allocate, readable
 from p2pfast.runtime.plan import Constant, Pack, Plan
-from p2pfast.runtime.planner import make_plan
+from p2pfast.runtime.planning import make_plan
 from p2pfast.runtime.versions import Seen
 
 STORED = (torch.float32, torch.bfloat16)
@@ -43,7 +46,9 @@ class CpuEngine:
         native: torch.dtype,
         packed_limit: int | None,
         on_piece: Callable[[str, nn.Module, str], None] | None = None,
+        memory_limit: int | None = None,
     ) -> None:
+        self.memory_limit = memory_limit
         self.source, self.dtype, self.native, self.packed_limit = source, dtype, native, packed_limit
         self.on_piece = on_piece
         self.lock = threading.RLock()
@@ -67,8 +72,31 @@ class CpuEngine:
                 if isinstance(op, ForeignOp) and op.call is not None:
                     op.call = _InDtype(op.call, self.dtype, self.native)
         modules = {**dict(captured.root.named_modules()), **graph.layers}
-        plan = make_plan(graph, modules, inputs, self.dtype, self.packs, self.packed_limit)
+        taken = self._taken(captured, graph, inputs)
+        limit = self.memory_limit
+        if limit is not None and taken >= limit:
+            raise OutOfMemory(
+                f"memory_limit is {readable(limit)}, and parameters, inputs and results alone take "
+                f"{readable(taken)}; raise the limit or take a smaller image"
+            )
+        memory = None if limit is None else limit - taken
+        plan = make_plan(graph, modules, inputs, self.dtype, self.packs, self.packed_limit, memory)
+        plan.outside_bytes = taken
         return _Prepared(plan, graph, captured)
+
+    def _taken(self, captured: Captured, graph: Graph, inputs: dict[str, Any]) -> int:
+        """Bytes of parameters, inputs and results."""
+        taken = sum(t.nbytes for t in (*captured.root.parameters(), *captured.root.buffers()))
+        for value in inputs.values():
+            if isinstance(value, LabelMap):
+                # The caller's maps, and labels as the kernel reads them.
+                maps = (value.labels, value.instances, value.features)
+                taken += sum(t.nbytes for t in maps if t is not None) + value.labels.numel()
+            elif isinstance(value, torch.Tensor):
+                taken += value.nbytes
+        for view in result_views(graph):
+            taken += prod(graph.bases[view.base].shape) * self.dtype.itemsize
+        return taken
 
     def _inputs(self, captured: Captured, tensors: list[Any]) -> dict[str, Any]:
         values = (self._usable(value) for value in tensors)
@@ -159,7 +187,7 @@ class CpuEngine:
                 if arena.numel() >= size:
                     return self.arenas.pop(i)
             self.arenas.clear()
-        return torch.empty(size, dtype=torch.uint8)
+        return allocate(size, "memory for intermediate tensors")
 
     def _execute(self, prepared: _Prepared, tensors: list[Any], arena: torch.Tensor) -> Any:
         plan, inputs = prepared.plan, self._inputs(prepared.captured, tensors)

@@ -1,8 +1,12 @@
-"""One arena for all intermediate tensors of a plan, with reuse."""
+"""One arena for all intermediate tensors of a plan, with reuse; and how much memory there is."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 ALIGNMENT = 64
 
@@ -46,3 +50,46 @@ def place(buffers: list[Buffer]) -> int:
         placed.sort(key=lambda b: b.offset)
         size = max(size, offset + needed)
     return size
+
+
+class OutOfMemory(MemoryError):
+    """There is not enough memory; the message names the limit, what is needed, and the remedy."""
+
+
+def readable(size: int) -> str:
+    """Bytes as a short text: "1.50 GB", "320.0 MB", "12.1 KB"."""
+    if size >= 1e9:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} KB"
+
+
+def allocate(size: int, what: str) -> torch.Tensor:
+    """``size`` uninitialised bytes; raises OutOfMemory where there are none."""
+    try:
+        return torch.empty(size, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise OutOfMemory(
+            f"{what} of {readable(size)} cannot be allocated; give optimize a memory_limit below the memory "
+            "that is free, or take a smaller image"
+        ) from error
+
+
+def available() -> int | None:
+    """Bytes that this process can still take: what the system or the container has free. None: unknown."""
+    found = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    except OSError:
+        if "SC_AVPHYS_PAGES" in os.sysconf_names:
+            found.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such version of control groups, or no limit ("max")
+            continue
+    return max(0, min(found)) if found else None

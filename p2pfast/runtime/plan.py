@@ -24,6 +24,8 @@ class Stored:
     # Asks the step that makes it for a map of the pixels that are one vector for each label; None if there is
     # no such map. See ``uniform`` in csrc/cpu/conv.h.
     uniform: Callable[[], Buffer] | None = None
+    image: int = 0  # the first image and row that it holds: memory of a band holds some rows of one image
+    row: int = 0
 
 
 @dataclass
@@ -85,6 +87,10 @@ class Plan:
 
     program: Any = None
     arena_bytes: int = 0
+    packed_bytes: int = 0  # of the packed weights and tables it uses
+    memory: int | None = None  # what both together may take
+    outside_bytes: int = 0  # of parameters, inputs and results
+    bands: int = 0  # the most bands an operation runs in; 0: every tensor is kept
     slots: int = 1
     foreign: list[Foreign] = field(default_factory=list)
     outside: list[Outside] = field(default_factory=list)

@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from p2pfast import _C
 from p2pfast.fuse.graph import Norm, View
+from p2pfast.runtime.bands import Part
 from p2pfast.runtime.builder import DTYPES, Address, Builder, act_fields, channel_stride
 from p2pfast.runtime.memory import Buffer
-from p2pfast.runtime.plan import Report, RunningStatistics, Stored
+from p2pfast.runtime.plan import RunningStatistics, Stored
+
+
+@dataclass
+class Work:
+    """What one step of an operation does, for ``explain``."""
+
+    kernel: str
+    detail: str = ""
+    multiplications: float = 0.0
 
 
 class Tensors(Builder):
     """Places bases and describes views of them."""
 
-    def _make(self, base: int, dtype: torch.dtype | None = None) -> Stored:
+    def _make(self, base: int) -> Stored:
         """Memory for a base: the caller's result where the base is one as it stands, else the arena."""
         n, c, h, w = self._shape(base)
         if base in self.results:
             result = self.results[base]
             strides = (c * h * w, 1, w * c, c) if result.channels_last else (c * h * w, h * w, w, 1)
-            stored = Stored(self.dtype, strides, Buffer(0, result.slot))
-        else:
-            pixel = channel_stride(c)
-            dtype = dtype or self.dtype
-            size = n * h * w * pixel * (4 if dtype == torch.float32 else 2)
-            stored = Stored(dtype, (h * w * pixel, 1, w * pixel, pixel), self._buffer(size))
-        self.stored[base] = stored
-        return stored
+            return Stored(self.dtype, strides, Buffer(0, result.slot))
+        return self._rows(base, n, h)
+
+    def _rows(self, base: int, images: int, rows: int) -> Stored:
+        """Memory in the arena for some rows of a base."""
+        _, c, _, w = self._shape(base)
+        pixel = channel_stride(c)
+        size = images * rows * w * pixel * self.dtype.itemsize
+        return Stored(self.dtype, (rows * w * pixel, 1, w * pixel, pixel), self._buffer(size))
 
     def _layout(self, stored: Stored) -> dict[str, Any]:
         image, channel, row, pixel = stored.strides
@@ -42,22 +54,34 @@ class Tensors(Builder):
             "dtype": DTYPES[stored.dtype],
         }
 
-    def _source(self, view: View) -> Callable[[], dict[str, Any]]:
-        """The dictionary of a view as a kernel's source."""
+    def _skip(self, stored: Stored, image: int, row: int) -> int:
+        """Bytes from the start of the memory to a row of an image."""
+        images, _, rows, _ = stored.strides
+        return ((image - stored.image) * images + (row - stored.row) * rows) * stored.dtype.itemsize
+
+    def _source(self, view: View, image: int = 0, row: int = 0) -> Callable[[], dict[str, Any]]:
+        """The dictionary of a view as a kernel's source, from a row of an image on."""
         stored = self.stored[view.base]
-        data = self._at(stored.buffer)
+        start, skip = self._at(stored.buffer), self._skip(stored, image, row)
         fixed = {**self._layout(stored), "channels": self._shape(view.base)[1], **act_fields(view.act)}
         if view.norm is None:
-            return lambda: {**fixed, "data": data()}
+            return lambda: {**fixed, "data": start() + skip}
         scale, shift, stride = self._normalisation(view.base, view.norm)
-        return lambda: {**fixed, "data": data(), "scale": scale(), "shift": shift(), "norm_stride": stride}
+        of_image = 4 * image * stride
+        return lambda: {
+            **fixed,
+            "data": start() + skip,
+            "scale": scale() + of_image,
+            "shift": shift() + of_image,
+            "norm_stride": stride,
+        }
 
-    def _output(self, stored: Stored) -> Callable[[], dict[str, Any]]:
-        data = self._at(stored.buffer)
+    def _output(self, stored: Stored, image: int = 0, row: int = 0) -> Callable[[], dict[str, Any]]:
+        start, skip = self._at(stored.buffer), self._skip(stored, image, row)
         fixed = self._layout(stored)
-        return lambda: {**fixed, "data": data()}
+        return lambda: {**fixed, "data": start() + skip}
 
-    def _offer_uniform(self, base: int, addresses: dict[str, Address], name: str) -> None:
+    def _offer_uniform(self, base: int, out: Stored, addresses: dict[str, Address], name: str) -> None:
         """Lets readers of ``base``, made by the step that is being lowered, ask it for its map of labels."""
         step = self.step
         n, _, h, w = self._shape(base)
@@ -71,7 +95,7 @@ class Tensors(Builder):
                 addresses[name] = lambda: _C.slot_address(buffer.slot, buffer.offset)
             return made[0]
 
-        self.stored[base].uniform = ask
+        out.uniform = ask
 
     # --- normalisation -----------------------------------------------------------------------------
 
@@ -128,8 +152,9 @@ class Tensors(Builder):
             lambda out: out.copy_(getattr(module, name).detach().reshape(-1)),
         )
 
-    def _merge(self, base: int, partial: Buffer, count: Address, parts: int) -> None:
+    def _merge(self, gathering: Gathering) -> None:
         """Statistics of a base into the scale and shift of every normalisation that reads it."""
+        base, parts = gathering.base, gathering.parts
         n, c, h, w = self._shape(base)
         wanted = {v.norm for v in self.uses.get(base, []) if v.norm is not None and v.norm.kind != "frozen"}
         for norm in sorted(wanted, key=lambda x: x.path):
@@ -140,8 +165,8 @@ class Tensors(Builder):
             over_batch = norm.kind == "batch"
             fixed = {"images": n, "channels": c, "parts": parts, "eps": module.eps, "over_batch": over_batch}
             addresses = {
-                "partial": self._at(partial),
-                "count": count,
+                "partial": self._at(gathering.partial),
+                "count": gathering.counts(),
                 "scale": self._at(scale),
                 "shift": self._at(shift),
             }
@@ -160,20 +185,55 @@ class Tensors(Builder):
             self._add(_merge_step(fixed, addresses))
             self.norms[(base, norm)] = (scale, shift, channel_stride(c))
 
-    def _statistics(self, base: int) -> None:
-        """A pass for the statistics of a base that no convolution of ours made."""
-        if not self._needs_statistics(base):
-            return
-        n, c, h, w = self._shape(base)
-        source = self._source(View(base))
-        fixed = {"images": n, "height": h, "width": w}
-        parts = -(-h // 16)
-        partial = self._buffer(4 * n * parts * 2 * channel_stride(c))
-        count = self._buffer(4 * n * parts)
-        at, at_count = self._at(partial), self._at(count)
-        self._report(Report(f"statistics_{base}", "statistics", bytes=4.0 * n * c * h * w))
-        self._add(lambda p: p.statistics({**fixed, "source": source(), "partial": at(), "count": at_count()}))
-        self._merge(base, partial, self._at(count), parts)
+    def _gather(self, base: int, part: Part, stored: Stored, gathering: Gathering) -> None:
+        """A pass for the statistics of rows of a base that no convolution of ours makes."""
+        _, _, h, w = self._shape(base)
+        images = self._shape(base)[0] if part.image is None else 1
+        here, self.stored[base] = self.stored.get(base), stored
+        source = self._source(View(base), part.first_image, part.begin)
+        if here is not None:
+            self.stored[base] = here
+        rows = part.end - part.begin
+        fixed = {"images": images, "height": rows, "width": w}
+        partial, count = gathering.take(part, -(-rows // 16))
+        self._add(
+            lambda p: p.statistics({**fixed, "source": source(), "partial": partial(), "count": count()})
+        )
+
+
+class Gathering:
+    """Statistics of a base: a mean, a sum of squared deviations and a count for each image and part."""
+
+    def __init__(self, planner: Tensors, base: int) -> None:
+        self.images, channels = planner._shape(base)[:2]
+        self.planner, self.base, self.stride = planner, base, channel_stride(channels)
+        self.partial, self.count = planner._buffer(0), planner._buffer(0)
+        self.taken: dict[int, int] = {}
+        self.known: list[float] = []  # counts that are known beforehand, the same for each image
+
+    @property
+    def parts(self) -> int:
+        return self.taken[0]
+
+    def take(self, part: Part, parts: int) -> tuple[Address, Address]:
+        """Where a kernel writes the statistics of the next ``parts`` parts of a band."""
+        first = self.taken.get(part.first_image, 0)
+        self.taken[part.first_image] = first + parts
+        partial, count = self.planner._at(self.partial), self.planner._at(self.count)
+        self.partial.bytes = 4 * self.images * self.parts * 2 * self.stride
+        self.count.bytes = 4 * self.images * self.parts
+        # The parts of an image follow each other, so where they lie depends on how many there will be.
+        at = lambda: part.first_image * self.parts + first  # noqa: E731
+        return lambda: partial() + 8 * self.stride * at(), lambda: count() + 4 * at()
+
+    def counts(self) -> Address:
+        """The address of the counts; of memory outside the arena where they are known."""
+        if not self.known:
+            return self.planner._at(self.count)
+        counts = torch.tensor(self.known[: self.parts] * self.images)
+        self.planner.plan.keep.append(counts)
+        address = counts.data_ptr()
+        return lambda: address
 
 
 def _merge_step(fixed: dict[str, Any], addresses: dict[str, Address]) -> Callable[[Any], int]:

@@ -8,15 +8,13 @@ import pickle
 import threading
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from networks import SMALL, seed_weights
+from networks import SMALL, drops, leaves, make, relative, seed_weights, street
 from torch import nn
 
 import p2pfast
 from p2pfast import models
-from p2pfast.data.scenes import draw_scene
 from p2pfast.fuse.optimize import parse_bytes
 
 INSTANCE = models.norm_layer_of("instance")
@@ -25,30 +23,6 @@ INSTANCE = models.norm_layer_of("instance")
 @pytest.fixture(autouse=True)
 def _strict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("P2PFAST_STRICT", "1")
-
-
-def leaves(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [leaf for item in value for leaf in leaves(item)]
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Relative L2 error; the size of a where b is zero, as the constant output of a 1x1 norm is."""
-    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-3))
-
-
-def make(name: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-    small = SMALL[name]
-    net = small.make()
-    inputs: tuple[torch.Tensor, ...] = (torch.randn(2, small.channels, *small.size),)
-    if name.startswith("encoder"):
-        inputs += (torch.randint(0, 3, (2, 1, *small.size)),)
-    return net, inputs
-
-
-def drops(net: nn.Module) -> bool:
-    return any(isinstance(m, nn.Dropout) for m in net.modules())
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -78,7 +52,7 @@ def test_answer(name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["local", "global", "resnet", "unet-batch", "multiscale-features"])
-@pytest.mark.parametrize("setting", ["bfloat16", "channels_last", "1 byte", "batch of one"])
+@pytest.mark.parametrize("setting", ["bfloat16", "channels_last", "64 MB", "batch of one"])
 def test_settings(name: str, setting: str) -> None:
     net, (x,) = make(name)
     net.train()
@@ -88,17 +62,10 @@ def test_settings(name: str, setting: str) -> None:
     with torch.no_grad():
         expected = copy.deepcopy(net)(x)
         eager = copy.deepcopy(net).to(dtype)(x.to(dtype)) if dtype else expected
-    found = p2pfast.optimize(net, dtype=dtype, memory_limit=1 if setting == "1 byte" else None)(x)
+    found = p2pfast.optimize(net, dtype=dtype, memory_limit="64MB" if setting == "64 MB" else None)(x)
     for e, f, g in zip(leaves(expected), leaves(found), leaves(eager), strict=True):
         assert f.dtype == (dtype or torch.float32) and f.stride() == g.stride()
         assert relative(f, e) < (max(2 * relative(g, e), 0.02) if dtype else 3e-5)
-
-
-def street(seed: int, height: int = 64, width: int = 128) -> p2pfast.LabelMap:
-    scene = draw_scene(seed, width=width, height=height, photo=False)
-    labels = torch.from_numpy(np.asarray(scene.labels).astype(np.int64))[None, None]
-    instances = torch.from_numpy(np.asarray(scene.instances).astype(np.int32))[None, None]
-    return p2pfast.LabelMap(labels, instances, num_classes=35)
 
 
 @pytest.mark.parametrize("enhancers", [0, 1, 2])

@@ -146,7 +146,7 @@ bad(
     "transposed",
     conv(1),
     TRANSPOSED,
-    *({"pad": 1}, {"pad_top": 4}, {"pad_left": 4}, {"out_height": 15}, {"out_height": 18}, {"out_width": 18}),
+    *({"pad": 1}, {"pad_top": 4}, {"pad_left": 4}, {"out_width": 15}, {"out_height": 19}, {"out_width": 18}),
 )
 bad("pack", pack, CONV, {"packed": 0}, {"weight": 0})
 for name, function, good, addresses in (

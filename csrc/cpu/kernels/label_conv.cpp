@@ -284,7 +284,8 @@ P2PFAST_INLINE void collect(const Prepared& m, const Pixels& pixels, const Table
 }
 
 struct Target {
-  void* out;  // of this image
+  int64_t begin, end;  // rows
+  void* out;           // of this image, from row begin on
   float* partials;
   uint8_t* uniform;
   bool streaming;
@@ -305,12 +306,13 @@ void convolve_band(const Prepared& m, const Pixels& pixels, const Tables& tables
     std::memset(task_memory, 0, static_cast<size_t>(stride * 32 + kLabelConvMaxClasses * 8));
 
   Terms terms;
-  const int64_t y_end = min2((band + 1) * band_rows, m.height);
-  for (int64_t y = band * band_rows; y < y_end; ++y) {
+  const int64_t y_end = min2(target.begin + (band + 1) * band_rows, target.end);
+  for (int64_t y = target.begin + band * band_rows; y < y_end; ++y) {
     const WindowRows rows = window_rows(m, y);
     const uint8_t* const centre = m.rows + y * m.row_bytes + m.padding;
-    T* const out = static_cast<T*>(target.out) + y * m.width * stride;
-    uint8_t* const uniform = target.uniform != nullptr ? target.uniform + y * m.width : nullptr;
+    const int64_t row = y - target.begin;
+    T* const out = static_cast<T*>(target.out) + row * m.width * stride;
+    uint8_t* const uniform = target.uniform != nullptr ? target.uniform + row * m.width : nullptr;
     for (int64_t word = 0; 64 * word < m.width; ++word) {
       const uint64_t windows = uniform_windows(m, rows, word);
       const int64_t end = min2(64 * (word + 1), m.width);
@@ -361,7 +363,7 @@ void convolve_band(const Prepared& m, const Pixels& pixels, const Tables& tables
 template <class T, bool kPooled>
 void convolve(const Prepared& m, const Pixels& pixels, const Tables& tables, const Target& target,
               const LabelConvScratch& k, uint8_t* scratch) {
-  parallel_for(ceil_div(m.height, k.band_rows), [&](int64_t task, int) {
+  parallel_for(ceil_div(target.end - target.begin, k.band_rows), [&](int64_t task, int) {
     convolve_band<T, kPooled>(m, pixels, tables, target, task, k.band_rows,
                               scratch + k.task + task * k.task_bytes);
   });
@@ -400,8 +402,12 @@ void run(const LabelConvArgs& args) {
   for (int a = 1; a < shape.kernel; ++a)
     tables.interval_start[a] = tables.interval_start[a - 1] + (shape.kernel - a) * layout.stride;
 
+  const int64_t begin = args.row_begin, end = args.row_end > 0 ? args.row_end : m.height;
+  const int64_t rows = end - begin, bands = shape.band_rows > 0 ? ceil_div(rows, shape.band_rows) : 0;
+  // Rows that windows of these rows see, those that padding reflects among them.
+  const int64_t first = max2<int64_t>(0, begin - m.padding), last = min2(m.height, end + m.padding);
   const int64_t pixel_bytes = layout.stride * (args.out_bf16 ? 2 : 4);
-  const int64_t image_bytes = m.height * m.width * pixel_bytes;
+  const int64_t image_bytes = rows * m.width * pixel_bytes;
   const bool streaming =
       shape.batch * image_bytes >= kStreamBytes && reinterpret_cast<uintptr_t>(args.out) % 64 == 0;
   const Channels channels{static_cast<uint32_t>(tables.channel_floats), static_cast<uint32_t>(shape.classes)};
@@ -414,15 +420,17 @@ void run(const LabelConvArgs& args) {
                   nullptr,
                   0};
     for (int i = 0; i < shape.pool_levels; ++i) pixels = pool(pixels, k.pools[i], scratch, channels);
-    parallel_for(ceil_div(m.height, k.prepare_rows), [&](int64_t task, int) {
-      const int64_t end = min2((task + 1) * k.prepare_rows, m.height);
-      for (int64_t y = task * k.prepare_rows; y < end; ++y)
+    parallel_for(ceil_div(last - first, k.prepare_rows), [&](int64_t task, int) {
+      const int64_t stop = min2(first + (task + 1) * k.prepare_rows, last);
+      for (int64_t y = first + task * k.prepare_rows; y < stop; ++y)
         prepare_row(m, pixels, y, scratch + k.task + task * k.task_bytes);
     });
-    const Target target{
-        static_cast<uint8_t*>(args.out) + n * image_bytes,
-        args.partials != nullptr ? args.partials + n * layout.bands * 2 * layout.stride : nullptr,
-        args.uniform != nullptr ? args.uniform + n * m.height * m.width : nullptr, streaming};
+    const Target target{begin,
+                        end,
+                        static_cast<uint8_t*>(args.out) + n * image_bytes,
+                        args.partials != nullptr ? args.partials + n * bands * 2 * layout.stride : nullptr,
+                        args.uniform != nullptr ? args.uniform + n * rows * m.width : nullptr,
+                        streaming};
     const auto convolution = args.out_bf16
                                  ? (shape.pool_levels > 0 ? convolve<bf16, true> : convolve<bf16, false>)
                                  : (shape.pool_levels > 0 ? convolve<float, true> : convolve<float, false>);

@@ -170,7 +170,7 @@ void avg_pool(const PoolArgs& args) {
   parallel_for(static_cast<int64_t>(args.images) * args.out_height, [&](int64_t task, int) {
     const int64_t image = task / args.out_height;
     const int oy = static_cast<int>(task % args.out_height);
-    const int y0 = oy * args.stride - args.pad, y1 = min2(y0 + args.kernel, args.height + args.pad);
+    const int y0 = oy * args.stride - args.pad_top, y1 = min2(y0 + args.kernel, args.height + args.pad);
     const int ya = max2(y0, 0), yb = min2(y1, args.height);
     alignas(64) float sum[kChannelChunk + kGatherSlack], one[kChannelChunk + 2 * kGatherSlack] = {};
     for (int ox = 0; ox < args.out_width; ++ox) {
