@@ -6,7 +6,8 @@ instance statistics are those of the demo. Shipped is the moving average of the 
 
     python examples/train_demo_generator.py --output demo_generator.safetensors
 
-About half a second a step on two cores, 6400 steps. The same command goes on where it was stopped. Either
+A step on a square takes about 2.5 seconds of processor time (Zen 3, AVX2), and there are 2400 of them by
+default, then 120 on whole streets, twice as large. The same command goes on where it was stopped. Either
 stage is what ``p2pfast train pix2pixhd`` does with the options below.
 """
 
@@ -99,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=50, help="of 120 squares each")
+    parser.add_argument("--epochs", type=int, default=20, help="of 120 squares each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("checkpoints"), help="for the two runs")
     parser.add_argument("--output", type=Path, default=Path("demo_generator.safetensors"))
