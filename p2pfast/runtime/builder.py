@@ -41,7 +41,7 @@ class Builder:
 
     ``options`` collects what could run each convolution; ``chosen`` says what does, where it is not the
     quickest. Bases in ``virtual`` are not kept but computed in bands of about ``band_bytes`` where they are
-    needed.
+    needed. Algorithms in ``narrow`` pack their weights in bfloat16.
     """
 
     def __init__(
@@ -55,9 +55,10 @@ class Builder:
         direct: dict[int, View],
         virtual: frozenset[int] = frozenset(),
         band_bytes: int = 0,
+        narrow: tuple[int, ...] = (),
     ) -> None:
         self.graph, self.modules, self.inputs, self.dtype = graph, modules, inputs, dtype
-        self.packs, self.chosen = packs, chosen
+        self.packs, self.chosen, self.narrow = packs, chosen, narrow
         self.options: dict[str, Options] = {}
         self.others: dict[str, Options] = {}  # for bands that refuse all of these
         self.plan = Plan()

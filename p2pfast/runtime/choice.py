@@ -57,13 +57,24 @@ _PARAMETERS = {
 }
 
 
+def narrow(dtype: torch.dtype, accuracy: str) -> tuple[int, ...]:
+    """Algorithms that keep packed weights in bfloat16 in a network stored in ``dtype``.
+
+    Rounded weights of large tiles cost a network 4 to 8 dB more than rounded activations do, so these stay in
+    float32 unless ``accuracy`` is "fast".
+    """
+    if dtype != torch.bfloat16:
+        return ()
+    return (DIRECT, WINOGRAD, WINOGRAD2) if accuracy == "fast" else (DIRECT, WINOGRAD2)
+
+
 def default_budget(parameter_bytes: int) -> int:
     """Bytes that packed weights of a network take when the user sets no limit.
 
-    Minimal filtering of 3x3 weights needs up to four times their own size; a quarter of the memory that is
-    free bounds it.
+    Minimal filtering of 3x3 weights needs up to four times their own size: small networks get that, others
+    a little less. A quarter of the memory that is free bounds it.
     """
-    return min(int(3.75 * parameter_bytes), available_memory() // 4)
+    return min(max(512 << 20, int(3.75 * parameter_bytes)), available_memory() // 4)
 
 
 def available_memory() -> int:
@@ -78,21 +89,22 @@ def available_memory() -> int:
     return 8 << 30
 
 
-def _candidates(args: dict[str, Any], thin_only: bool) -> list[Choice]:
+def _candidates(args: dict[str, Any], narrow: tuple[int, ...], thin_only: bool) -> list[Choice]:
     """Candidates with their estimated time, quickest first."""
     found = []
     for algorithm, parameters in _PARAMETERS.items():
         if thin_only and algorithm != THIN:
             continue
         for block, group in parameters:
-            info = _C.conv_info(algorithm, {**args, "block": block, "group": group})
+            trial = {**args, "block": block, "group": group, "packed_dtype": int(algorithm in narrow)}
+            info = _C.conv_info(algorithm, trial)
             if info["refuses"] is None:
                 seconds = info["multiplications"] / _EFFICIENCY[algorithm] / _ESTIMATED_RATE
                 found.append(Choice(algorithm, block, group, seconds, info["packed_floats"] * 4))
     return sorted(found, key=lambda c: c.seconds)
 
 
-def _signature(args: dict[str, Any]) -> str:
+def _signature(args: dict[str, Any], narrow: tuple[int, ...]) -> str:
     """What a choice depends on: the shape, the processor, its level, the threads and this version."""
     from p2pfast import __version__
 
@@ -111,7 +123,7 @@ def _signature(args: dict[str, Any]) -> str:
     shape["out_dtype"] = args["out"].get("dtype", 0)
     shape["out_planar"] = args["out"].get("channel_stride", 1) != 1
     machine = (_C.processor_name(), _C.active_level(), _C.num_threads(), __version__)
-    return json.dumps([shape, machine], sort_keys=True)
+    return json.dumps([shape, narrow, machine], sort_keys=True)
 
 
 def cache_file() -> Path:
@@ -290,33 +302,37 @@ def _measure(args: dict[str, Any], choice: Choice, best: float = float("inf")) -
     return (time.perf_counter() - start) / share
 
 
-def options(args: dict[str, Any]) -> Options:
+def options(args: dict[str, Any], narrow: tuple[int, ...] = ()) -> Options:
     """What can run a convolution, quickest first: measured, or estimated where measuring is switched off.
 
     ``args`` is the dictionary of ``_C.conv_info`` with addresses that only tell what is wanted: a
-    nonzero ``partial``, ``bias`` or ``scale``.
+    nonzero ``partial``, ``bias`` or ``scale``. Algorithms in ``narrow`` pack their weights in bfloat16.
     """
     planar = args["out"].get("channel_stride", 1) != 1
     thin = planar and args["out_channels"] <= 4
-    found = (_candidates(args, thin_only=True) if thin else []) or _candidates(args, thin_only=False)
+    found = (_candidates(args, narrow, True) if thin else []) or _candidates(args, narrow, False)
     mode = os.environ.get("P2PFAST_TUNE", "on")
     if mode not in ("on", "off", "force"):
         raise ValueError(f"P2PFAST_TUNE is {mode!r}; choose on, off or force")
     if len(found) == 1 or mode == "off":
         return found
-    signature = _signature(args)
+    signature = _signature(args, narrow)
     known = cache.get(signature) if mode == "on" else None
     if known is None:
         # An estimate that is far behind needs no measurement to lose, unless it is what needs least memory.
         least = min(c.packed for c in found)
         close = [c for c in found if c.seconds < 2.0 * found[0].seconds or c.packed == least]
+
+        def measure(c: Choice, best: float) -> float:
+            return _measure({**args, "packed_dtype": int(c.algorithm in narrow)}, c, best)
+
         timed: Options = []
         for candidate in close:
             best = min((c.seconds for c in timed), default=float("inf"))
-            timed.append(replace(candidate, seconds=_measure(args, candidate, best)))
+            timed.append(replace(candidate, seconds=measure(candidate, best)))
         timed.sort(key=lambda c: c.seconds)
         # Again for the best: another program's burst must not decide for months.
-        again = [replace(c, seconds=min(c.seconds, _measure(args, c, timed[0].seconds))) for c in timed[:3]]
+        again = [replace(c, seconds=min(c.seconds, measure(c, timed[0].seconds))) for c in timed[:3]]
         known = sorted(again + timed[3:], key=lambda c: c.seconds)
         cache.put(signature, known)
     return known

@@ -50,15 +50,15 @@ class Convolutions(Tensors):
         }
         raw_dtype = module.weight.dtype if module.weight.dtype in DTYPES else torch.float32
         fixed["weight_dtype"] = DTYPES[raw_dtype]
-        fixed["packed_dtype"] = DTYPES[self.dtype]
         sources = [self._source(v, part.first_image, window.begin) for v in op.inputs]
         output = self._output(out, part.first_image, part.begin)
         pretend = {**fixed, "sources": [s() for s in sources], "out": output(), "bias": 1}
         if gathering is not None:
             pretend.update(partial=1, count=1)
         chosen, info = self._choice(op, pretend)
-        fixed.update(block=chosen.block, group=chosen.group)
-        pretend.update(block=chosen.block, group=chosen.group)
+        picked = self._parameters(chosen)
+        fixed.update(picked)
+        pretend.update(picked)
         addresses: dict[str, Address] = {"workspace": self._at(self.workspace)}
         skips = part.image is None and self._skip_labels(op, chosen, pretend, addresses, out)
         if skips:
@@ -90,9 +90,8 @@ class Convolutions(Tensors):
         """Whether regions of one label are computed once: where the input has a map of them and the algorithm
         uses it. The output has such regions in turn."""
         ask = self.stored[op.inputs[0].base].uniform
-        packed = chosen.algorithm in (choices.WINOGRAD, choices.WINOGRAD2) and chosen.block > 0
         planar = args["out"]["channel_stride"] != 1
-        if ask is None or len(op.inputs) > 1 or not packed or planar:
+        if ask is None or len(op.inputs) > 1 or not self._copies(chosen) or planar:
             return False
         addresses["uniform"] = self._at(ask())
         args["uniform"] = 1
@@ -103,9 +102,14 @@ class Convolutions(Tensors):
         """The algorithm of a convolution: the same for all its bands, unless it refuses one."""
         found = self.options.get(op.name)
         if found is None:
+            found = choices.options(pretend, self.narrow)
+            if self.stored[op.inputs[0].base].uniform is not None:
+                # Measured without labels: one that copies regions of a label does less than was measured.
+                best = found[0].seconds
+                found = sorted(found, key=lambda c: not (self._copies(c) and c.seconds < 1.4 * best))
             found = [
                 replace(c, packed=0) if self._pack_key(op.path, c, pretend) in self.packs else c
-                for c in choices.options(pretend)
+                for c in found
             ]
             self.options[op.name] = found
         # The estimate's order, for a band that none of the options takes: there are always some that do.
@@ -113,12 +117,21 @@ class Convolutions(Tensors):
             info = self._info(chosen, pretend)
             if info["refuses"] is None:
                 return chosen, info
-        self.others[op.name] = choices.options(pretend)
+        self.others[op.name] = choices.options(pretend, self.narrow)
         chosen = self.others[op.name][0]
         return chosen, self._info(chosen, pretend)
 
     def _info(self, chosen: choices.Choice, pretend: dict[str, Any]) -> dict[str, Any]:
-        return _C.conv_info(chosen.algorithm, {**pretend, "block": chosen.block, "group": chosen.group})
+        return _C.conv_info(chosen.algorithm, {**pretend, **self._parameters(chosen)})
+
+    def _parameters(self, chosen: choices.Choice) -> dict[str, int]:
+        narrow = int(chosen.algorithm in self.narrow)
+        return {"block": chosen.block, "group": chosen.group, "packed_dtype": narrow}
+
+    @staticmethod
+    def _copies(chosen: choices.Choice) -> bool:
+        """Whether an algorithm can copy regions of one label."""
+        return chosen.algorithm in (choices.WINOGRAD, choices.WINOGRAD2) and chosen.block > 0
 
     def _weights(
         self, op: ConvOp, module: Any, chosen: choices.Choice, args: dict[str, Any], floats: int

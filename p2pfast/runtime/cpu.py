@@ -47,7 +47,9 @@ class CpuEngine:
         packed_limit: int | None,
         on_piece: Callable[[str, nn.Module, str], None] | None = None,
         memory_limit: int | None = None,
+        accuracy: str = "default",
     ) -> None:
+        self.accuracy = accuracy
         self.memory_limit = memory_limit
         self.source, self.dtype, self.native, self.packed_limit = source, dtype, native, packed_limit
         self.on_piece = on_piece
@@ -80,7 +82,9 @@ class CpuEngine:
                 f"{readable(taken)}; raise the limit or take a smaller image"
             )
         memory = None if limit is None else limit - taken
-        plan = make_plan(graph, modules, inputs, self.dtype, self.packs, self.packed_limit, memory)
+        plan = make_plan(
+            graph, modules, inputs, self.dtype, self.packs, self.packed_limit, memory, self.accuracy
+        )
         plan.outside_bytes = taken
         return _Prepared(plan, graph, captured)
 

@@ -31,6 +31,7 @@ def make_plan(
     packs: dict[Any, Pack],
     packed_limit: int | None = None,
     memory: int | None = None,
+    accuracy: str = "default",
 ) -> Plan:
     """Lowers ``graph`` for ``inputs`` (by placeholder name) with tensors stored in ``dtype``.
 
@@ -41,6 +42,7 @@ def make_plan(
     Raises OutOfMemory where even bands need more.
     """
     direct = settle(graph)
+    narrow = choices.narrow(dtype, accuracy)
 
     if packed_limit is None:
         parameters = sum(p.numel() for p in modules[""].parameters())
@@ -48,7 +50,7 @@ def make_plan(
 
     def plan(virtual: frozenset[int] = frozenset(), band_bytes: int = 0) -> Plan:
         known = set(packs)
-        planner = Planner(graph, modules, inputs, dtype, packs, {}, direct, virtual, band_bytes)
+        planner = Planner(graph, modules, inputs, dtype, packs, {}, direct, virtual, band_bytes, narrow)
         found = planner.build()
         budget = packed_limit - sum(packs[key].bytes for key in known)
         if memory is not None:
@@ -57,7 +59,9 @@ def make_plan(
         if any(choice is not planner.options[name][0] for name, choice in chosen.items()):
             for key in set(packs) - known:
                 del packs[key]
-            planner = Planner(graph, modules, inputs, dtype, packs, chosen, direct, virtual, band_bytes)
+            planner = Planner(
+                graph, modules, inputs, dtype, packs, chosen, direct, virtual, band_bytes, narrow
+            )
             found = planner.build()
         return found
 

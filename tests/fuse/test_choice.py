@@ -67,3 +67,26 @@ def test_an_unknown_mode_is_named(cache_dir: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("P2PFAST_STRICT", "1")
     with pytest.raises(ValueError, match="P2PFAST_TUNE is 'maybe'"):
         p2pfast.optimize(network())(torch.randn(1, 8, 30, 24))
+
+
+def test_fast_accuracy_rounds_the_weights_of_large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("P2PFAST_TUNE", "off")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.InstanceNorm2d(64), nn.ReLU()).eval()
+    x = torch.randn(1, 64, 32, 32)
+    expected = net(x)
+    errors = {}
+    for accuracy in ("default", "fast"):
+        y = p2pfast.optimize(net, dtype=torch.bfloat16, accuracy=accuracy)(x).float()
+        errors[accuracy] = ((y - expected).norm() / expected.norm()).item()
+    assert errors["default"] < errors["fast"] < 2e-2
+
+
+def test_a_budget_is_kept_where_it_costs_least() -> None:
+    def options(*pairs: tuple[float, int]) -> choice.Options:
+        return [choice.Choice(0, 0, 0, seconds, packed) for seconds, packed in pairs]
+
+    layers = {"a": options((1.0, 100), (3.0, 0)), "b": options((1.0, 100), (1.5, 50), (1.6, 0))}
+    assert [c.packed for c in choice.fit(layers, 200).values()] == [100, 100]
+    assert [c.packed for c in choice.fit(layers, 199).values()] == [100, 0]
+    assert [c.packed for c in choice.fit(layers, 0).values()] == [0, 0]
