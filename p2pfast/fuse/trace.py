@@ -235,6 +235,7 @@ class _Watch:
 
     def __init__(self, root: nn.Module) -> None:
         self.before = [(m, dict(m.__dict__), self._inside(m)) for m in root.modules()]
+        # A generator that is imported while tracing has drawn nothing for the network.
         numpy = sys.modules.get("numpy.random")
         self.numpy = None if numpy is None else numpy.get_state()
         self.torch = torch.get_rng_state()
@@ -250,10 +251,8 @@ class _Watch:
                 held[name] = value.copy()
         return held
 
-    @staticmethod
-    def _generators() -> tuple[Any, ...]:
-        numpy = sys.modules.get("numpy.random")
-        drawn = numpy.get_state() if numpy is not None else None
+    def _generators(self) -> tuple[Any, ...]:
+        drawn = None if self.numpy is None else sys.modules["numpy.random"].get_state()
         position = None if drawn is None else (drawn[1].tobytes(), drawn[2])
         return random.getstate(), position, torch.get_rng_state().numpy().tobytes()
 
