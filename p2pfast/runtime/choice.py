@@ -49,10 +49,10 @@ class Choice:
 
 _PARAMETERS = {
     DIRECT: ((0, 0),),
-    WINOGRAD: ((24, 64), (48, 64), (0, 64), (0, 128)),
-    WINOGRAD2: ((24, 64), (48, 64), (0, 64)),
-    STREAMED: ((144, 0), (384, 0)),
-    STREAMED2: ((144, 0), (384, 0)),
+    WINOGRAD: ((24, 64), (48, 64), (0, 128)),
+    WINOGRAD2: ((48, 64), (0, 64)),
+    STREAMED: ((144, 0),),
+    STREAMED2: ((144, 0),),
     THIN: ((0, 0),),
 }
 
@@ -108,17 +108,12 @@ def _signature(args: dict[str, Any], narrow: tuple[int, ...]) -> str:
     """What a choice depends on: the shape, the processor, its level, the threads and this version."""
     from p2pfast import __version__
 
+    # Padding and activations hardly change the time; layers that differ in them share a measurement.
     skip = {"weight", "bias", "sources", "out", "packed", "workspace", "partial", "count"}
+    skip |= {"pad", "act", "slope", "packed_dtype"}
     shape = {k: v for k, v in args.items() if k not in skip}
     shape["sources"] = [
-        (
-            s["channels"],
-            s.get("dtype", 0),
-            s.get("channel_stride", 1) == 1,
-            bool(s.get("scale")),
-            s.get("act", 0),
-        )
-        for s in args["sources"]
+        (s["channels"], s.get("dtype", 0), s.get("channel_stride", 1) == 1) for s in args["sources"]
     ]
     shape["out_dtype"] = args["out"].get("dtype", 0)
     shape["out_planar"] = args["out"].get("channel_stride", 1) != 1
@@ -319,9 +314,8 @@ def options(args: dict[str, Any], narrow: tuple[int, ...] = ()) -> Options:
     signature = _signature(args, narrow)
     known = cache.get(signature) if mode == "on" else None
     if known is None:
-        # An estimate that is far behind needs no measurement to lose, unless it is what needs least memory.
-        least = min(c.packed for c in found)
-        close = [c for c in found if c.seconds < 2.0 * found[0].seconds or c.packed == least]
+        # An estimate that is far behind needs no measurement to lose.
+        close = [c for c in found if c.seconds < 2.0 * found[0].seconds]
 
         def measure(c: Choice, best: float) -> float:
             return _measure({**args, "packed_dtype": int(c.algorithm in narrow)}, c, best)
@@ -332,8 +326,19 @@ def options(args: dict[str, Any], narrow: tuple[int, ...] = ()) -> Options:
             timed.append(replace(candidate, seconds=measure(candidate, best)))
         timed.sort(key=lambda c: c.seconds)
         # Again for the best: another program's burst must not decide for months.
-        again = [replace(c, seconds=min(c.seconds, measure(c, timed[0].seconds))) for c in timed[:3]]
-        known = sorted(again + timed[3:], key=lambda c: c.seconds)
+        again = [replace(c, seconds=min(c.seconds, measure(c, timed[0].seconds))) for c in timed[:2]]
+        timed = again + timed[2:]
+        # What needs least memory has to be among the options, if only by its estimate.
+        least = min(found, key=lambda c: (c.packed, c.seconds))
+        if all(c.packed > least.packed for c in timed):
+            pace = min(
+                c.seconds / e.seconds
+                for c in timed
+                for e in close
+                if (c.algorithm, c.block) == (e.algorithm, e.block)
+            )
+            timed.append(replace(least, seconds=pace * least.seconds))
+        known = sorted(timed, key=lambda c: c.seconds)
         cache.put(signature, known)
     return known
 
