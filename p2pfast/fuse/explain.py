@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from p2pfast.fuse.optimize import Optimized
@@ -22,6 +25,7 @@ class Row:
     seconds: float
     gigaflops: float
     megabytes: float
+    share: float = 0.0  # of the processor's measured peak in float32
 
 
 @dataclass
@@ -49,10 +53,11 @@ class Explanation:
             width = max(len(r.name) for r in self.rows)
             detail = max(len(r.detail) for r in self.rows)
             lines.append(
-                f"{'layer':{width}}  {'kernel':14}  {'shape':{detail}}  {'ms':>8}  {'GFLOP/s':>8}  {'MB':>7}"
+                f"{'layer':{width}}  {'kernel':14}  {'shape':{detail}}  {'ms':>8}  {'GFLOP/s':>8}  {'peak':>5}  "
+                f"{'MB':>7}"
             )
             for r in self.rows:
-                speed = f"{r.gigaflops:8.0f}" if r.gigaflops else " " * 8
+                speed = f"{r.gigaflops:8.0f}  {r.share:5.0%}" if r.gigaflops else " " * 15
                 lines.append(
                     f"{r.name:{width}}  {r.kernel:14}  {r.detail:{detail}}  {r.seconds * 1e3:8.2f}  {speed}  "
                     f"{r.megabytes:7.1f}"
@@ -71,7 +76,8 @@ def explain(model: nn.Module) -> Explanation:
     """What ran in the last call of an optimised network.
 
     GFLOP/s counts the operations really done (minimal filtering needs fewer than the convolution's
-    definition); MB is what the layer reads and writes at least.
+    definition), and peak is their share of what a large matrix product reaches on this processor with the
+    same threads; MB is what the layer reads and writes at least.
 
     Raises TypeError for a module that :func:`p2pfast.optimize` did not return.
     """
@@ -93,7 +99,10 @@ def _explain(model: nn.Module, prefix: str) -> Explanation:
             last = plan.reports[index + 1].step if index + 1 < len(plan.reports) else len(seconds)
             spent = sum(seconds[report.step : last])
             speed = 2e-9 * report.multiplications / spent if spent and report.multiplications else 0.0
-            row = Row(prefix + report.name, report.kernel, report.detail, spent, speed, report.bytes / 1e6)
+            share = speed / peak_gigaflops(torch.get_num_threads()) if speed else 0.0
+            row = Row(
+                prefix + report.name, report.kernel, report.detail, spent, speed, report.bytes / 1e6, share
+            )
             found.rows.append(row)
         found.unfused += [(prefix + name, reason) for name, reason in graph.notes]
         found.memory = _memory(state.engine, plan)
@@ -106,6 +115,18 @@ def _explain(model: nn.Module, prefix: str) -> Explanation:
     if state.pieces and state.reason is not None:
         found.note = f"optimised in {len(state.pieces)} pieces, not as one: {state.reason}"
     return found
+
+
+@functools.cache
+def peak_gigaflops(threads: int) -> float:
+    """float32 GFLOP/s of a large matrix product with PyTorch's present number of threads, measured once."""
+    side, best = 1024, float("inf")
+    a, b = torch.ones(side, side), torch.ones(side, side)
+    for _ in range(4):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2e-9 * side**3 / best
 
 
 def _memory(engine: CpuEngine, plan: Plan) -> str:

@@ -82,6 +82,7 @@ def test_label_map_equals_the_dense_tensor(enhancers: int, edges: bool) -> None:
         expected = net(labels.dense())
     assert relative(fast(labels), expected) < 3e-5
     kernels = {row.kernel for row in p2pfast.explain(fast).rows}
+    assert all(0 <= row.share < 3 for row in p2pfast.explain(fast).rows)
     assert "label_conv" in kernels
     assert relative(fast(labels.dense()), expected) < 3e-5
 
