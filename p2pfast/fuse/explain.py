@@ -52,10 +52,8 @@ class Explanation:
         if self.rows:
             width = max(len(r.name) for r in self.rows)
             detail = max(len(r.detail) for r in self.rows)
-            lines.append(
-                f"{'layer':{width}}  {'kernel':14}  {'shape':{detail}}  {'ms':>8}  {'GFLOP/s':>8}  {'peak':>5}  "
-                f"{'MB':>7}"
-            )
+            columns = f"{'ms':>8}  {'GFLOP/s':>8}  {'peak':>5}  {'MB':>7}"
+            lines.append(f"{'layer':{width}}  {'kernel':14}  {'shape':{detail}}  {columns}")
             for r in self.rows:
                 speed = f"{r.gigaflops:8.0f}  {r.share:5.0%}" if r.gigaflops else " " * 15
                 lines.append(
