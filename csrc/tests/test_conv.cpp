@@ -425,9 +425,9 @@ TEST(conv_checks_its_arguments) {
                Bad, "padding is 8");
   CHECK_THROWS(p2pfast::check(with([](auto& a) {
                  a.transposed = true;
-                 a.out_height = 9;
+                 a.out_height = 10;
                })),
-               Bad, "out_height is 9");
+               Bad, "out_height is 10");
 }
 
 }  // namespace
