@@ -71,10 +71,10 @@ def narrow(dtype: torch.dtype, accuracy: str) -> tuple[int, ...]:
 def default_budget(parameter_bytes: int) -> int:
     """Bytes that packed weights of a network take when the user sets no limit.
 
-    Minimal filtering of 3x3 weights needs up to four times their own size: small networks get that, others
-    a little less. A quarter of the memory that is free bounds it.
+    Minimal filtering of 3x3 weights needs up to four times their own size, and most weights of these
+    networks are such. A quarter of the memory that is free bounds it.
     """
-    return min(max(512 << 20, int(3.75 * parameter_bytes)), available_memory() // 4)
+    return min(max(512 << 20, int(4.1 * parameter_bytes)), available_memory() // 4)
 
 
 def available_memory() -> int:
@@ -193,7 +193,7 @@ def _shortened(args: dict[str, Any], multiplications: float) -> tuple[dict[str, 
     """The same convolution over fewer rows, if it is too long for a timed run, and the share kept."""
     share = _TUNING_MULTIPLICATIONS / multiplications
     stride, transposed = args.get("stride", 1), args.get("transposed", False)
-    span = args["kernel_h"] + 16
+    span = args["kernel_h"] + 32  # enough tiles for weights to be used as often as in the whole
     height = max(span, int(args["height"] * share) // 16 * 16)
     if height >= args["height"]:
         return args, 1.0

@@ -12,6 +12,7 @@ from p2pfast.fuse.graph import ConvOp
 from p2pfast.runtime import choice as choices
 from p2pfast.runtime.bands import Part, Window, window_of
 from p2pfast.runtime.builder import DTYPES, PADS, Address, act_fields
+from p2pfast.runtime.memory import in_large_pages
 from p2pfast.runtime.plan import Constant, Pack, Stored
 from p2pfast.runtime.tensors import Gathering, Tensors, Work
 
@@ -106,7 +107,7 @@ class Convolutions(Tensors):
             if self.stored[op.inputs[0].base].uniform is not None:
                 # Measured without labels: one that copies regions of a label does less than was measured.
                 best = found[0].seconds
-                found = sorted(found, key=lambda c: not (self._copies(c) and c.seconds < 1.4 * best))
+                found = sorted(found, key=lambda c: not (self._copies(c) and c.seconds < 2.5 * best))
             found = [
                 replace(c, packed=0) if self._pack_key(op.path, c, pretend) in self.packs else c
                 for c in found
@@ -166,7 +167,7 @@ class Convolutions(Tensors):
         key = self._pack_key(path, chosen, args)
         entry = self.packs.get(key)
         if entry is None:
-            tensor = torch.empty(floats + 16)
+            tensor = in_large_pages(torch.empty(floats + 16))
             start = (-tensor.data_ptr() // 4) % 16
             view = tensor[start : start + floats]
             template = {**args, "bias": 0, "partial": 0, "count": 0}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +56,25 @@ def place(buffers: list[Buffer]) -> int:
     return size
 
 
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    function = ctypes.CDLL(None, use_errno=True).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function
+
+
+def in_large_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """Asks the system for 2 MB pages of a new tensor, which then needs 512 times fewer page faults."""
+    advise, page, large = _madvise(), 4096, 14  # MADV_HUGEPAGE
+    start = -(-tensor.data_ptr() // page) * page
+    size = (tensor.data_ptr() + tensor.nbytes - start) // page * page
+    if advise is not None and size >= 4 << 20:
+        advise(start, size, large)  # a wish: what the system answers changes nothing
+    return tensor
+
+
 class OutOfMemory(MemoryError):
     """There is not enough memory; the message names the limit, what is needed, and the remedy."""
 
@@ -66,7 +89,7 @@ def readable(size: int) -> str:
 def allocate(size: int, what: str) -> torch.Tensor:
     """``size`` uninitialised bytes; raises OutOfMemory where there are none."""
     try:
-        return torch.empty(size, dtype=torch.uint8)
+        return in_large_pages(torch.empty(size, dtype=torch.uint8))
     except RuntimeError as error:
         raise OutOfMemory(
             f"{what} of {readable(size)} cannot be allocated; give optimize a memory_limit below the memory "
