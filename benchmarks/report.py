@@ -73,10 +73,10 @@ def plot(rows: Rows, title: str, path: Path) -> None:
     )
     axes.set_ylabel("speed, PyTorch eager float32 = 1")
     axes.set_title(title, fontsize=9)
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def main() -> None:
