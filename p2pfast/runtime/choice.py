@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from p2pfast import _C
+from p2pfast.runtime.memory import available
 
 ALGORITHMS = ("direct", "winograd", "winograd2", "streamed", "streamed2", "thin")
 DIRECT, WINOGRAD, WINOGRAD2, STREAMED, STREAMED2, THIN = range(6)
@@ -74,19 +75,9 @@ def default_budget(parameter_bytes: int) -> int:
     Minimal filtering of 3x3 weights needs up to four times their own size, and most weights of these
     networks are such. A quarter of the memory that is free bounds it.
     """
-    return min(max(512 << 20, int(4.1 * parameter_bytes)), available_memory() // 4)
-
-
-def available_memory() -> int:
-    """Bytes the system could give now; 8 GB where it does not tell."""
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        return 8 << 30
-    return 8 << 30
+    free = available()
+    wanted = max(512 << 20, int(4.1 * parameter_bytes))
+    return wanted if free is None else min(wanted, free // 4)
 
 
 def _candidates(args: dict[str, Any], narrow: tuple[int, ...], thin_only: bool) -> list[Choice]:

@@ -12,7 +12,7 @@ from p2pfast.ops.conv.source import describe_output, describe_source, readable
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def _check(
+def check_arguments(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -23,8 +23,7 @@ def _check(
     act: str,
     residual: Tensor | None,
 ) -> None:
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"x has dtype {x.dtype}; torch.float32 or torch.bfloat16 is expected")
+    """What every normalisation asks of its arguments but x's dtype; raises TypeError and ValueError."""
     if x.dim() != 4:
         raise ValueError(f"x has shape {tuple(x.shape)}; (images, channels, height, width) is expected")
     if x.numel() == 0:
@@ -42,6 +41,8 @@ def _check(
         if t.shape != (channels,) and not batched:
             also = f" or ({images}, {channels})" if name in ("mean", "variance") else ""
             raise ValueError(f"{name} has shape {tuple(t.shape)}; ({channels},){also} is expected")
+    if mean is not None and variance is not None and mean.shape != variance.shape:
+        raise ValueError(f"mean has shape {tuple(mean.shape)}, variance {tuple(variance.shape)}")
     if residual is not None:
         if residual.dtype != x.dtype:
             raise TypeError(f"residual has dtype {residual.dtype}, x {x.dtype}; they must be equal")
@@ -49,7 +50,8 @@ def _check(
             raise ValueError(
                 f"residual has shape {tuple(residual.shape)}, x {tuple(x.shape)}; they must be equal"
             )
-    for name, t in (("weight", weight), ("bias", bias), ("mean", mean), ("residual", residual)):
+    tensors = {"weight": weight, "bias": bias, "mean": mean, "variance": variance, "residual": residual}
+    for name, t in tensors.items():
         if t is not None and t.device != x.device:
             raise ValueError(f"{name} is on {t.device}, x on {x.device}; they must be on one device")
     if not eps >= 0:
@@ -61,6 +63,12 @@ def _check(
             "variance, or a larger x"
         )
     activation_code(act)
+
+
+def _check(x: Tensor, *rest: Any) -> None:
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"x has dtype {x.dtype}; torch.float32 or torch.bfloat16 is expected")
+    check_arguments(x, *rest)
 
 
 def _statistics(

@@ -8,6 +8,7 @@ from torch import Tensor
 from p2pfast import _C
 from p2pfast.ops.conv.activation import activation_code
 from p2pfast.ops.conv.source import describe_output, describe_source
+from p2pfast.ops.norm.op import check_arguments
 from p2pfast.ops.norm_act.reference import norm_act_reference
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -36,57 +37,10 @@ def like(t: Tensor, x: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.contiguous_format if is_planes(x) else torch.channels_last)
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    over_batch: bool,
-    eps: float,
-    act: str,
-    residual: Tensor | None,
-) -> None:
+def _check(x: Tensor, *rest: Any) -> None:
     if not x.is_floating_point():
         raise TypeError(f"x has dtype {x.dtype}; a floating-point dtype is expected")
-    if x.dim() != 4:
-        raise ValueError(f"x has shape {tuple(x.shape)}; (images, channels, height, width) is expected")
-    if x.numel() == 0:
-        what = "an empty batch" if x.shape[0] == 0 else "an empty tensor"
-        raise ValueError(f"x has shape {tuple(x.shape)}: {what} has no statistics")
-    images, channels = x.shape[:2]
-    if (mean is None) != (variance is None):
-        raise ValueError("mean and variance go together; one of them is None")
-    for name, t in (("weight", weight), ("bias", bias), ("mean", mean), ("variance", variance)):
-        if t is None:
-            continue
-        if not t.is_floating_point():
-            raise TypeError(f"{name} has dtype {t.dtype}; a floating-point dtype is expected")
-        batched = name in ("mean", "variance") and t.shape == (images, channels)
-        if t.shape != (channels,) and not batched:
-            also = f" or ({images}, {channels})" if name in ("mean", "variance") else ""
-            raise ValueError(f"{name} has shape {tuple(t.shape)}; ({channels},){also} is expected")
-        if t.device != x.device:
-            raise ValueError(f"{name} is on {t.device}, x on {x.device}; they must be on one device")
-    if mean is not None and variance is not None and mean.shape != variance.shape:
-        raise ValueError(f"mean has shape {tuple(mean.shape)}, variance {tuple(variance.shape)}")
-    if residual is not None:
-        if residual.dtype != x.dtype:
-            raise TypeError(f"residual has dtype {residual.dtype}, x {x.dtype}; they must be equal")
-        if residual.shape != x.shape or residual.device != x.device:
-            raise ValueError(
-                f"residual has shape {tuple(residual.shape)} on {residual.device}, x {tuple(x.shape)} on "
-                f"{x.device}; they must be equal"
-            )
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps}; it must not be negative")
-    values = x.shape[2:].numel() * (images if over_batch else 1)
-    if mean is None and values == 1:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}: the deviation of one value a channel is zero; give mean and "
-            "variance, or a larger x"
-        )
-    activation_code(act)
+    check_arguments(x, *rest)
 
 
 def norm_act(

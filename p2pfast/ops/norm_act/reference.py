@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from p2pfast.ops.conv.activation import activate
+from p2pfast.ops.norm.reference import instance_norm_act_reference
 
 
 def norm_act_reference(
@@ -28,15 +28,8 @@ def norm_act_reference(
         (N, C, H, W).
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    value = x.to(dtype)
-    if mean is None or variance is None:
-        dims = (0, 2, 3) if over_batch else (2, 3)
-        mean, variance = value.mean(dims), value.var(dims, correction=0)
-    y = (value - mean[..., None, None].to(dtype)) * torch.rsqrt(variance[..., None, None].to(dtype) + eps)
-    if weight is not None:
-        y = y * weight[:, None, None].to(dtype)
-    if bias is not None:
-        y = y + bias[:, None, None].to(dtype)
-    if residual is not None:
-        y = y + residual.to(dtype)
-    return activate(y, act, slope).to(x.dtype)
+    wide = None if residual is None else residual.to(dtype)
+    y = instance_norm_act_reference(
+        x.to(dtype), weight, bias, mean, variance, over_batch, eps, act, slope, wide
+    )
+    return y.to(x.dtype)
