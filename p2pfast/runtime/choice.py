@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from p2pfast import _C
+from p2pfast.ops.measured import cache_folder, tuning
 from p2pfast.runtime.memory import available
 
 ALGORITHMS = ("direct", "winograd", "winograd2", "streamed", "streamed2", "thin")
@@ -113,10 +114,7 @@ def _signature(args: dict[str, Any], narrow: tuple[int, ...]) -> str:
 
 
 def cache_file() -> Path:
-    root = (
-        os.environ.get("P2PFAST_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "p2pfast"
-    )
-    return Path(root).expanduser() / "choices.json"
+    return cache_folder() / "choices.json"
 
 
 Options = list[Choice]  # of one convolution, quickest first
@@ -297,9 +295,7 @@ def options(args: dict[str, Any], narrow: tuple[int, ...] = ()) -> Options:
     planar = args["out"].get("channel_stride", 1) != 1
     thin = planar and args["out_channels"] <= 4
     found = (_candidates(args, narrow, True) if thin else []) or _candidates(args, narrow, False)
-    mode = os.environ.get("P2PFAST_TUNE", "on")
-    if mode not in ("on", "off", "force"):
-        raise ValueError(f"P2PFAST_TUNE is {mode!r}; choose on, off or force")
+    mode = tuning()
     if len(found) == 1 or mode == "off":
         return found
     signature = _signature(args, narrow)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from typing import Any
 
 import pytest
@@ -100,7 +99,7 @@ def test_value_and_gradients(
         result: Tensor = candidates[{"library": 0, "native": -1}[tuned]]()
         return result
 
-    monkeypatch.setattr(convolution, "_faster", choose)
+    monkeypatch.setattr(convolution, "fastest", choose)
     tensors, options = layer(number, memory_format)
     exact_y, _ = run(conv_norm_act_reference, tensors, options, None, torch.float64)
     grad = torch.randn(exact_y.shape, dtype=torch.float64)
@@ -269,25 +268,6 @@ def test_weight_gradient_by_minimal_filtering(memory_format: torch.memory_format
         (expected,) = torch.autograd.grad(y, weight, grad.double())
         got = minimal.weight_gradient(grad, source)
         assert got.is_contiguous() and (got - expected).abs().max() <= 2e-5 * expected.abs().max()
-
-
-def test_the_fastest_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("P2PFAST_TUNE", "on")
-    monkeypatch.setattr(convolution, "_chosen", {})
-    calls = {"slow": 0, "quick": 0}
-
-    def slow() -> Tensor:
-        calls["slow"] += 1
-        time.sleep(0.01)
-        return torch.zeros(1)
-
-    def quick() -> Tensor:
-        calls["quick"] += 1
-        return torch.ones(1)
-
-    for _ in range(4):
-        assert convolution._faster(("key",), slow, quick) == 1
-    assert calls == {"slow": 3, "quick": 7}
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

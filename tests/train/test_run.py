@@ -107,9 +107,19 @@ def test_a_stopped_run_ends_like_an_unbroken_one(tiny: Tiny) -> None:
     assert_same_run(whole, broken)
 
 
-def test_a_killed_run_ends_like_an_unbroken_one(tiny: Tiny) -> None:
-    """SIGKILL at any moment; the state then is some steps old and the networks may be newer."""
+@pytest.mark.parametrize("tune", ["off", "on"])
+def test_a_killed_run_ends_like_an_unbroken_one(
+    tiny: Tiny, tune: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL at any moment; the state then is some steps old and the networks may be newer.
+
+    Tuned, a layer's algorithms are those that the first process measured as fastest.
+    """
+    monkeypatch.setenv("P2PFAST_TUNE", tune)
+    monkeypatch.setenv("P2PFAST_CACHE_DIR", str(tmp_path))
     options: dict[str, Any] = {"n_epochs": 20, "save_latest_freq": 3, "print_freq": 1, "display_freq": 50}
+    if tune == "on":  # layers wide enough for algorithms to choose from
+        options |= {"ngf": 16, "ndf": 16}
     whole, broken = tiny("pix2pix", **options), tiny("pix2pix", **options)
     process = start(arguments(broken))
     state = broken.run_folder / storage.STATE_FILE

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +11,7 @@ from torch import Tensor
 from p2pfast.ops.conv.op import _conv
 from p2pfast.ops.conv_norm_act.minimal import weight_gradient as minimal_filtering
 from p2pfast.ops.conv_norm_act.pad import padded, unpadded
+from p2pfast.ops.measured import fastest
 
 aten = torch.ops.aten
 
@@ -38,33 +36,6 @@ def _channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-_chosen: dict[tuple[object, ...], int] = {}
-
-
-def _seconds(function: Callable[[], Tensor]) -> float:
-    function()
-    best = float("inf")
-    for _ in range(2):
-        start = time.perf_counter()
-        function()
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-def _faster(key: tuple[object, ...], *candidates: Callable[[], Tensor]) -> Tensor:
-    """The result of the fastest; measured at the first call with a key, remembered in the process.
-
-    With ``P2PFAST_TUNE=off`` it is the last one.
-    """
-    if key not in _chosen:
-        if os.environ.get("P2PFAST_TUNE") == "off":
-            _chosen[key] = len(candidates) - 1
-        else:
-            times = [_seconds(candidate) for candidate in candidates]
-            _chosen[key] = times.index(min(times))
-    return candidates[_chosen[key]]()
-
-
 def _native_fits(x: Tensor, weight: Tensor, stride: int, transposed: bool) -> bool:
     """Whether minimal filtering is likely to pay: the other layers stay with the library unmeasured."""
     if not _channels_last(x) or min(weight.shape[:2]) < 16 or x.dtype != weight.dtype:
@@ -74,7 +45,7 @@ def _native_fits(x: Tensor, weight: Tensor, stride: int, transposed: bool) -> bo
 
 
 def _key(kind: str, x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[object, ...]:
-    return kind, x.shape, _channels_last(x), weight.shape, x.dtype, geometry, torch.get_num_threads()
+    return kind, tuple(x.shape), _channels_last(x), tuple(weight.shape), x.dtype, geometry
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -96,7 +67,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) 
 
     if not _native_fits(x, weight, g.stride, g.transposed):
         return library()
-    return _faster(_key("forward", x, weight, g), library, native)
+    return fastest(_key("forward", x, weight, g), library, native)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -126,7 +97,7 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry)
         candidates.append(minimal)
     if len(candidates) == 1:
         return library()
-    return _faster(_key("weight", grad, weight, g), *candidates)
+    return fastest(_key("weight", grad, weight, g), *candidates)
 
 
 def _library_backward(grad: Tensor, source: Tensor, weight: Tensor, g: Geometry, which: int) -> Tensor:
@@ -180,7 +151,7 @@ def data_gradient(grad: Tensor, size: torch.Size, weight: Tensor, geometry: Geom
 
     found: Tensor
     if _can_turn(grad, weight, g, shape):
-        found = _faster(_key("data", grad, weight, g), library, native)
+        found = fastest(_key("data", grad, weight, g), library, native)
     else:
         found = library()
     return unpadded(found, g.padding, g.padding_mode)

@@ -1,0 +1,132 @@
+"""Which of several ways to compute the same is fastest: by measurement, remembered on disk.
+
+``P2PFAST_TUNE=on`` (default) measures a key on its first use, ``off`` takes the last way without measuring,
+and so does PyTorch's deterministic mode; ``force`` measures again. Choices lie beside those of the inference
+plans, in ``$P2PFAST_CACHE_DIR`` or ``~/.cache/p2pfast``.
+
+The ways round differently, so the first choice that reaches the disk holds for every process: a run that is
+stopped and goes on in another process computes the same numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from p2pfast import _C
+
+T = TypeVar("T")
+
+_REPEATS = 2  # timed runs of each way after one to warm up; the least counts
+_chosen: dict[tuple[object, ...], str] = {}
+
+
+def cache_folder() -> Path:
+    """Where choices are kept."""
+    root = os.environ.get("P2PFAST_CACHE_DIR")
+    return Path(root or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "p2pfast").expanduser()
+
+
+def tuning() -> str:
+    """``P2PFAST_TUNE``: "on", "off" or "force".
+
+    Raises:
+        ValueError: it has another value.
+    """
+    mode = os.environ.get("P2PFAST_TUNE", "on")
+    if mode not in ("on", "off", "force"):
+        raise ValueError(f"P2PFAST_TUNE is {mode!r}; choose on, off or force")
+    return mode
+
+
+def fastest(key: tuple[object, ...], *ways: Callable[[], T]) -> T:
+    """The result of the fastest of ``ways``, which compute the same and are known by their names.
+
+    ``key`` says what the time depends on besides the processor, the threads and the versions of PyTorch and
+    this library; its parts must have a telling and lasting ``repr``.
+    """
+    return next(way for way in ways if way.__name__ == pick(key, *ways))()
+
+
+def pick(key: tuple[object, ...], *ways: Callable[[], object], repeats: int = _REPEATS) -> str:
+    """The name of the fastest of ``ways``, as :func:`fastest` takes it."""
+    if len(ways) == 1 or torch.are_deterministic_algorithms_enabled() or tuning() == "off":
+        return ways[-1].__name__
+    key = (
+        *key,
+        *(way.__name__ for way in ways),
+        torch.get_num_threads(),
+        os.environ.get("P2PFAST_CACHE_DIR"),
+    )
+    if key not in _chosen:
+        _chosen[key] = _choose(key[:-1], ways, repeats)
+    return _chosen[key]
+
+
+def _choose(key: tuple[object, ...], ways: tuple[Callable[[], object], ...], repeats: int) -> str:
+    from p2pfast import __version__
+
+    machine = (_C.processor_name(), _C.active_level(), __version__, torch.__version__)
+    signature = hashlib.sha256(repr((key, machine)).encode()).hexdigest()[:32]
+    path, again = cache_folder() / "ways.json", tuning() == "force"
+    names = [way.__name__ for way in ways]
+    known = None if again else _read(path).get(signature)
+    if known in names:
+        return known
+    times = [_seconds(way, repeats) for way in ways]
+    return _settle(path, signature, names[times.index(min(times))], names, again)
+
+
+def _seconds(way: Callable[[], object], repeats: int) -> float:
+    way()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        way()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _read(path: Path) -> dict[str, str]:
+    """The choices in a file; none if it is missing or not such a file."""
+    try:
+        stored = json.loads(path.read_text())
+        return {str(key): str(name) for key, name in stored.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time; the lock goes with the process that holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _settle(path: Path, signature: str, name: str, names: list[str], again: bool) -> str:
+    """Writes a choice; where another process was first, its choice. An unwritable folder is no error."""
+    try:
+        with _locked(path):
+            stored = _read(path)
+            first = stored.get(signature)
+            if first in names and not again:
+                return first
+            stored[signature] = name
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+                json.dump(stored, file)
+            os.replace(file.name, path)
+    except OSError:
+        return name
+    return name

@@ -1,0 +1,116 @@
+"""The fastest way of several: measured once, the same for every process."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from p2pfast.ops import measured
+from p2pfast.ops.conv_norm_act import conv_norm_act
+
+calls = {"slow": 0, "quick": 0}
+
+
+def slow() -> str:
+    calls["slow"] += 1
+    time.sleep(0.005)
+    return "slow"
+
+
+def quick() -> str:
+    calls["quick"] += 1
+    return "quick"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("P2PFAST_TUNE", "on")
+    monkeypatch.setenv("P2PFAST_CACHE_DIR", str(tmp_path))
+    new_process(monkeypatch)
+    calls.update(slow=0, quick=0)
+    yield tmp_path
+
+
+def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "_chosen", {})
+
+
+def test_measured_once_and_remembered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(3):
+        assert measured.fastest(("key",), quick, slow) == "quick"
+    assert calls == {"slow": 3, "quick": 6}
+    new_process(monkeypatch)
+    assert measured.fastest(("key",), quick, slow) == "quick"
+    assert calls == {"slow": 3, "quick": 7}
+    measured.fastest(("another key",), quick, slow)
+    assert calls["slow"] == 6
+    monkeypatch.setenv("P2PFAST_TUNE", "force")
+    new_process(monkeypatch)
+    measured.fastest(("key",), quick, slow)
+    assert calls["slow"] == 9
+
+
+def test_the_first_process_decides(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process has measured the same at the same time, and found another way faster."""
+    original = measured._seconds
+
+    def late(way: object, repeats: int) -> float:
+        if way is slow:
+            (signature,) = found
+            (folder / "ways.json").write_text(json.dumps({signature: "slow"}))
+        return original(way, repeats)  # type: ignore[arg-type]
+
+    measured.fastest(("key",), quick, slow)
+    found = json.loads((folder / "ways.json").read_text())
+    (folder / "ways.json").unlink()
+    new_process(monkeypatch)
+    monkeypatch.setattr(measured, "_seconds", late)
+    assert measured.fastest(("key",), quick, slow) == "slow"
+
+
+@pytest.mark.parametrize("fixed", ["off", "deterministic"])
+def test_the_last_without_measuring(folder: Path, monkeypatch: pytest.MonkeyPatch, fixed: str) -> None:
+    try:
+        if fixed == "off":
+            monkeypatch.setenv("P2PFAST_TUNE", "off")
+        else:
+            torch.use_deterministic_algorithms(True)
+        assert measured.fastest(("key",), quick, slow) == "slow"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert calls == {"slow": 1, "quick": 0} and not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"a": {"b": 1}}', "\xff"])
+def test_a_broken_cache_is_made_anew(folder: Path, content: str) -> None:
+    (folder / "ways.json").write_text(content)
+    assert measured.fastest(("key",), quick, slow) == "quick"
+    assert "quick" in json.loads((folder / "ways.json").read_text()).values()
+
+
+def test_an_unwritable_folder_is_no_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "file").write_text("")
+    monkeypatch.setenv("P2PFAST_CACHE_DIR", str(folder / "file"))
+    assert measured.fastest(("key",), quick, slow) == "quick"
+
+
+def test_a_layer_computes_the_same_in_the_next_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(1, 16, 12, 12).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(16, 16, 3, 3)
+
+    def step() -> tuple[Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        y = conv_norm_act(*leaves, padding=1, norm="instance", act="relu")
+        return (y.detach(), *torch.autograd.grad(y.square().sum(), leaves))
+
+    first = step()
+    assert len(json.loads((folder / "ways.json").read_text())) == 3
+    new_process(monkeypatch)
+    monkeypatch.setattr(measured, "_seconds", lambda *a: pytest.fail("measured again"))
+    assert all(torch.equal(a, b) for a, b in zip(first, step(), strict=True))
