@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
-import pkgutil
 import platform
 import shutil
 import subprocess
@@ -157,7 +156,7 @@ def _devices() -> list[Report]:
 
 
 def _kernels(native: Report, gpu: Report) -> list[Report]:
-    names = sorted(module.name for module in pkgutil.iter_modules(p2pfast.ops.__path__) if module.ispkg)
+    names = sorted(path.parent.name for path in Path(p2pfast.ops.__path__[0]).glob("*/op.py"))
     return [
         {
             "name": name,

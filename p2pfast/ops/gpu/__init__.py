@@ -1,0 +1,31 @@
+"""What the Triton kernels share. Importing this package imports neither triton nor CUDA.
+
+``support`` tells what can run here and checks tensors; ``launch`` describes one launch of a kernel, to run it
+or to compile it without a GPU; ``device`` (which imports triton) holds functions called inside kernels;
+``compile`` compiles what is shipped ahead of time and prints registers and shared memory.
+"""
+
+from __future__ import annotations
+
+from p2pfast.ops.gpu.launch import Launch, Shipped
+from p2pfast.ops.gpu.support import (
+    channels_last,
+    check_tensor,
+    interpreted,
+    on_device,
+    pixel_stride,
+    require_triton,
+    triton_reason,
+)
+
+__all__ = [
+    "Launch",
+    "Shipped",
+    "channels_last",
+    "check_tensor",
+    "interpreted",
+    "on_device",
+    "pixel_stride",
+    "require_triton",
+    "triton_reason",
+]

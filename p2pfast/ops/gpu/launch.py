@@ -1,0 +1,90 @@
+"""One launch of a Triton kernel: run it, or compile it ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float64: "fp64",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A configuration of a kernel that is in use; every Triton module lists its own in ``shipped()``.
+
+    Attributes:
+        name: tells it from the others in the table that ``p2pfast.ops.gpu.compile`` prints.
+        kernel: the ``@triton.jit`` function.
+        signature: the type of each argument that is no constant: ``"*bf16"``, ``"*fp32"``, ``"i32"``,
+            ``"i64"``, ``"fp32"``.
+        constexprs: the values of the constants (and of arguments that are None, or the integer 1).
+        num_warps, num_stages: as at its launch.
+        matmul: tensor-core instructions are expected.
+        aligned: arguments known to be divisible by 16; None: every pointer and every i32.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+    matmul: bool = False
+    aligned: tuple[str, ...] | None = None
+
+
+@dataclass
+class Launch:
+    """What one call of a kernel is given.
+
+    Attributes:
+        arguments: tensors, integers, floats; None for a tensor that is not there.
+        constants: the kernel's ``tl.constexpr`` parameters.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    constants: dict[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def run(self) -> None:
+        """Launches on the current device and stream."""
+        self.kernel[self.grid](
+            **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
+        )
+
+    def shipped(self, name: str, matmul: bool = False) -> Shipped:
+        """The configuration, from arguments that may be tensors on the meta device: specialised as the
+        just-in-time compiler does with memory that is aligned to 16 bytes."""
+        signature: dict[str, str] = {}
+        constants = dict(self.constants)
+        aligned = []
+        for key, value in self.arguments.items():
+            if value is None or (isinstance(value, int) and value == 1):
+                constants[key] = value
+            elif isinstance(value, Tensor):
+                signature[key] = f"*{_TYPES[value.dtype]}"
+                aligned.append(key)
+            elif isinstance(value, int):
+                signature[key] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                if value % 16 == 0:
+                    aligned.append(key)
+            else:
+                signature[key] = "fp32"
+        return Shipped(
+            name, self.kernel, signature, constants, self.num_warps, self.num_stages, matmul, tuple(aligned)
+        )
