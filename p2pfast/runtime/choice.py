@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 
 from p2pfast import _C
 from p2pfast.ops.measured import cache_folder, tuning
-from p2pfast.runtime.memory import available
+from p2pfast.runtime.memory import available, in_large_pages
 
 ALGORITHMS = ("direct", "winograd", "winograd2", "streamed", "streamed2", "thin")
 DIRECT, WINOGRAD, WINOGRAD2, STREAMED, STREAMED2, THIN = range(6)
@@ -27,7 +28,9 @@ DIRECT, WINOGRAD, WINOGRAD2, STREAMED, STREAMED2, THIN = range(6)
 # Share of the processor's peak that each algorithm typically reaches, for the estimate.
 _EFFICIENCY = (0.8, 0.6, 0.7, 0.5, 0.6, 0.5)
 
-_TUNING_MULTIPLICATIONS = 4e8  # of one timed run
+_TUNING_MULTIPLICATIONS = 1.2e9  # of one timed run, as a convolution is defined
+_TUNING_CHANNELS = 256  # outputs that a run keeps at least: enough panels for every thread
+_TUNING_SECONDS = 0.15  # for repeating what is close
 _ESTIMATED_RATE = 1e11  # multiplications a second, for estimates of unmeasured choices
 
 
@@ -74,11 +77,11 @@ def default_budget(parameter_bytes: int) -> int:
     """Bytes that packed weights of a network take when the user sets no limit.
 
     Minimal filtering of 3x3 weights needs up to four times their own size, and most weights of these
-    networks are such. A quarter of the memory that is free bounds it.
+    networks are such. A third of the memory that is free bounds it.
     """
     free = available()
     wanted = max(512 << 20, int(4.1 * parameter_bytes))
-    return wanted if free is None else min(wanted, free // 4)
+    return wanted if free is None else min(wanted, free // 3)
 
 
 def _candidates(args: dict[str, Any], narrow: tuple[int, ...], thin_only: bool) -> list[Choice]:
@@ -178,22 +181,31 @@ class _Cache:
 cache = _Cache()
 
 
-def _shortened(args: dict[str, Any], multiplications: float) -> tuple[dict[str, Any], float]:
-    """The same convolution over fewer rows, if it is too long for a timed run, and the share kept."""
-    share = _TUNING_MULTIPLICATIONS / multiplications
+def _shortened(args: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    """The same convolution over fewer rows and output channels, if it is too long for a timed run, and the
+    share of it that is left.
+
+    Rows go first, down to enough tiles for weights to be used as often as in the whole.
+    """
     stride, transposed = args.get("stride", 1), args.get("transposed", False)
-    span = args["kernel_h"] + 32  # enough tiles for weights to be used as often as in the whole
-    height = max(span, int(args["height"] * share) // 16 * 16)
-    if height >= args["height"]:
-        return args, 1.0
-    short = dict(args)
-    short["height"] = height
-    if transposed:
-        cut = args["height"] - height
-        short["out_height"] = args["out_height"] - cut * stride
-    else:
-        short["out_height"] = (height + 2 * args.get("pad_top", 0) - args["kernel_h"]) // stride + 1
-    return short, height / args["height"]
+    pixels = args["height"] * args["width"] if transposed else args["out_height"] * args["out_width"]
+    inputs = sum(source["channels"] for source in args["sources"])
+    taps = args["kernel_h"] * args["kernel_w"]
+    share = _TUNING_MULTIPLICATIONS / (args["images"] * pixels * inputs * args["out_channels"] * taps)
+    short, kept = dict(args), 1.0
+    height = max(args["kernel_h"] + 32, int(args["height"] * share) // 16 * 16)
+    if height < args["height"]:
+        short["height"] = height
+        if transposed:
+            short["out_height"] = args["out_height"] - (args["height"] - height) * stride
+        else:
+            short["out_height"] = (height + 2 * args.get("pad_top", 0) - args["kernel_h"]) // stride + 1
+        kept = height / args["height"]
+    channels = max(_TUNING_CHANNELS, int(args["out_channels"] * share / kept) // 128 * 128)
+    if channels < args["out_channels"]:
+        short["out_channels"] = channels
+        kept *= channels / args["out_channels"]
+    return short, kept
 
 
 class _Memory:
@@ -206,7 +218,8 @@ class _Memory:
         name = f"{name}-{dtype}"
         block = self.blocks.get(name)
         if block is None or block.numel() < count + 32:
-            block = self.blocks[name] = torch.ones(count + 32, dtype=dtype)
+            block = in_large_pages(torch.empty(count + 32, dtype=dtype)).fill_(1)
+            self.blocks[name] = block
         return -(-block.data_ptr() // 64) * 64
 
     def evict(self) -> None:
@@ -228,13 +241,12 @@ class _Memory:
 _memory = _Memory()
 
 
-def _measure(args: dict[str, Any], choice: Choice, best: float = float("inf")) -> float:
+def _measure(args: dict[str, Any], choice: Choice, best: float = float("inf"), warm: bool = False) -> float:
     """Seconds of one run with arbitrary data: inputs in the cache, weights in memory, as in a network.
 
-    A run to warm up that is far behind the ``best`` so far is enough.
+    Unless it is ``warm``, a run comes before; if that is far behind the ``best`` so far, it is enough.
     """
-    info = _C.conv_info(choice.algorithm, {**args, "block": choice.block, "group": choice.group})
-    trial, share = _shortened(args, info["multiplications"])
+    trial, share = _shortened(args)
     trial = {**trial, "block": choice.block, "group": choice.group}
     info = _C.conv_info(choice.algorithm, trial)
     sources = []
@@ -274,16 +286,37 @@ def _measure(args: dict[str, Any], choice: Choice, best: float = float("inf")) -
         trial["count"] = _memory.at("count", trial["images"] * info["partials"])
     if trial.get("bias"):
         trial["bias"] = _memory.at("bias", trial["out_channels"])
-    start = time.perf_counter()
-    _C.run_conv(choice.algorithm, trial)
-    seconds = (time.perf_counter() - start) / share
-    if seconds > 2.0 * best:
+
+    def run() -> float:
+        start = time.perf_counter()
+        _C.run_conv(choice.algorithm, trial)
+        return (time.perf_counter() - start) / share
+
+    if not warm and (seconds := run()) > 2.0 * best:
         return seconds
     _memory.evict()
     _memory.touch("source")
-    start = time.perf_counter()
-    _C.run_conv(choice.algorithm, trial)
-    return (time.perf_counter() - start) / share
+    return run()
+
+
+def _repeated(timed: Options, measure: Callable[[Choice], float]) -> Options:
+    """The candidates with the least times of more runs, in turns, of those that may be the quickest.
+
+    Another program's burst must not decide for months.
+    """
+    end = time.perf_counter() + _TUNING_SECONDS
+    for _ in range(5):
+        best = min(c.seconds for c in timed)
+        close = [c.seconds < 1.3 * best for c in timed]
+        if sum(close) == 1:
+            break
+        timed = [
+            replace(c, seconds=min(c.seconds, measure(c))) if near else c
+            for c, near in zip(timed, close, strict=True)
+        ]
+        if time.perf_counter() > end:
+            break
+    return timed
 
 
 def options(args: dict[str, Any], narrow: tuple[int, ...] = ()) -> Options:
@@ -304,17 +337,14 @@ def options(args: dict[str, Any], narrow: tuple[int, ...] = ()) -> Options:
         # An estimate that is far behind needs no measurement to lose.
         close = [c for c in found if c.seconds < 2.0 * found[0].seconds]
 
-        def measure(c: Choice, best: float) -> float:
-            return _measure({**args, "packed_dtype": int(c.algorithm in narrow)}, c, best)
+        def measure(c: Choice, best: float = float("inf"), warm: bool = True) -> float:
+            return _measure({**args, "packed_dtype": int(c.algorithm in narrow)}, c, best, warm)
 
         timed: Options = []
         for candidate in close:
             best = min((c.seconds for c in timed), default=float("inf"))
-            timed.append(replace(candidate, seconds=measure(candidate, best)))
-        timed.sort(key=lambda c: c.seconds)
-        # Again for the best: another program's burst must not decide for months.
-        again = [replace(c, seconds=min(c.seconds, measure(c, timed[0].seconds))) for c in timed[:2]]
-        timed = again + timed[2:]
+            timed.append(replace(candidate, seconds=measure(candidate, best, warm=False)))
+        timed = _repeated(timed, measure)
         # What needs least memory has to be among the options, if only by its estimate.
         least = min(found, key=lambda c: (c.packed, c.seconds))
         if all(c.packed > least.packed for c in timed):
