@@ -17,6 +17,7 @@ from p2pfast.ops import autocast, gradients
 from p2pfast.ops.conv.activation import activate, activation_code
 from p2pfast.ops.conv.op import PADDING_MODES, conv
 from p2pfast.ops.conv_norm_act.op import conv_norm_act as training_layer
+from p2pfast.ops.cuda import native
 from p2pfast.ops.image_uint8.op import image_uint8
 from p2pfast.ops.image_uint8.reference import image_uint8_reference
 from p2pfast.ops.instance_edges.op import instance_edges
@@ -451,6 +452,6 @@ def image_to_uint8(image: Tensor, tanh: bool = False) -> Tensor:
     Raises:
         TypeError, ValueError: a dtype or shape that is no image.
     """
-    if image.device.type == "cpu" and image.dtype in (torch.float32, torch.bfloat16, torch.float16):
+    if native(image.device, "image_uint8") and image.dtype in (torch.float32, torch.bfloat16, torch.float16):
         return image_uint8(image, tanh)
     return image_uint8_reference(image, tanh)

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from p2pfast import _C
+from p2pfast.functional import image_to_uint8
 from p2pfast.ops.image_uint8 import image_uint8, image_uint8_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -32,9 +34,9 @@ def assert_same(y: Tensor, x: Tensor, tanh: bool) -> None:
 def layouts(x: Tensor) -> dict[str, Tensor]:
     """The same values in every memory layout that the kernel treats differently."""
     images, channels, height, width = x.shape
-    lanes = torch.full((images, height, width, 16), torch.nan, dtype=x.dtype)
+    lanes = x.new_full((images, height, width, 16), torch.nan)
     lanes[..., :channels] = x.permute(0, 2, 3, 1)
-    wide = torch.full((images, channels, height + 1, width + 3), torch.nan, dtype=x.dtype)
+    wide = x.new_full((images, channels, height + 1, width + 3), torch.nan)
     wide[:, :, :height, :width] = x
     return {
         "contiguous": x.contiguous(),
@@ -154,28 +156,79 @@ def test_bad_arguments(x: Tensor, error: type[Exception], message: str) -> None:
         image_uint8(x)
 
 
-def test_native_checks() -> None:
-    good: dict[str, Any] = {
-        "data": 64,
-        "type": 0,
-        "images": 1,
-        "channels": 3,
-        "height": 2,
-        "width": 2,
-        "image_stride": 12,
-        "channel_stride": 4,
-        "row_stride": 2,
-        "pixel_stride": 1,
-        "tanh": False,
-        "out": 64,
-    }
-    for field, value, message in [
-        ("type", 3, "type is 3"),
-        ("channels", 5, "channels is 5"),
-        ("images", -1, "images is -1"),
-        ("height", -1, "height is -1"),
-        ("width", -1, "width is -1"),
-        ("out", 0, "null"),
-    ]:
+# The native entry points check what they are given before they touch memory.
+GOOD: dict[str, Any] = {
+    "data": 64,
+    "type": 0,
+    "images": 1,
+    "channels": 3,
+    "height": 2,
+    "width": 2,
+    "image_stride": 12,
+    "channel_stride": 4,
+    "row_stride": 2,
+    "pixel_stride": 1,
+    "tanh": False,
+    "out": 64,
+}
+BAD_NUMBERS = [
+    ("type", 3, "type is 3; it must be"),
+    ("channels", 5, "channels is 5; it must be"),
+    ("images", -1, "images is -1; it must not"),
+    ("height", -1, "height is -1; it must not"),
+    ("width", -1, "width is -1; it must not"),
+    ("out", 0, "null"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "message"), BAD_NUMBERS)
+def test_native_checks(field: str, value: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _C.image_uint8(**{**GOOD, field: value})
+
+
+def test_fake_cuda_tensors() -> None:
+    with FakeTensorMode():
+        y = image_to_uint8(torch.empty(2, 3, 5, 7, dtype=torch.bfloat16, device="cuda"))
+    assert y.shape == (2, 5, 7, 3) and y.dtype == torch.uint8 and y.device.type == "cuda"
+
+
+@pytest.mark.skipif(not hasattr(_C, "cuda_image_uint8"), reason="built without CUDA kernels")
+class TestCuda:
+    @pytest.mark.parametrize(
+        ("field", "value", "message"),
+        [
+            *BAD_NUMBERS,
+            ("data", 66, "data is not aligned to its element size of 4"),
+            ("device", -1, "device is -1"),
+            ("height", 1 << 50, "more than CUDA starts at a time; split the batch"),
+        ],
+    )
+    def test_arguments(self, field: str, value: int, message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            _C.image_uint8(**{**good, field: value})
+            _C.cuda_image_uint8(**{**GOOD, "device": 0, "stream": 0, field: value})
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+    def test_a_launch_without_a_gpu_is_a_clear_error(self) -> None:
+        with pytest.raises(RuntimeError, match=r"image_uint8: .*\(cudaError.*NVIDIA GPU and a driver"):
+            _C.cuda_image_uint8(**GOOD, device=0, stream=0)
+
+    def test_nothing_to_do_needs_no_gpu(self) -> None:
+        _C.cuda_image_uint8(**{**GOOD, "height": 0, "data": 0, "out": 0}, device=0, stream=0)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("tanh", [False, True])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("channels", [1, 2, 3, 4])
+    def test_matches_the_reference(self, channels: int, dtype: torch.dtype, tanh: bool) -> None:
+        for size in ((1, 1), (1, 5), (7, 1), (3, 17), (70, 260)):
+            x = (torch.randn(2, channels, *size) * 0.8).to(dtype)
+            for view in layouts(x.cuda()).values():
+                assert_same(image_uint8(view, tanh).cpu(), x, tanh)
+
+    @pytest.mark.gpu
+    def test_every_value_of_the_small_dtypes(self) -> None:
+        bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16)
+        for dtype in (torch.bfloat16, torch.float16):
+            x = bits.view(dtype).view(1, 1, 256, 256)
+            assert_same(image_uint8(x.cuda()).cpu(), x, False)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from p2pfast import _C
+from p2pfast.ops.cuda import launch, require_kernel
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -20,12 +23,32 @@ def _check(x: Tensor) -> tuple[int, int, int, int]:
     return images, height, width, channels
 
 
+def _numbers(x: Tensor, tanh: bool, out: Tensor) -> dict[str, Any]:
+    images, channels, height, width = x.shape
+    image_stride, channel_stride, row_stride, pixel_stride = x.stride()
+    return {
+        "data": x.data_ptr(),
+        "type": _TYPES[x.dtype],
+        "images": images,
+        "channels": channels,
+        "height": height,
+        "width": width,
+        "image_stride": image_stride,
+        "channel_stride": channel_stride,
+        "row_stride": row_stride,
+        "pixel_stride": pixel_stride,
+        "tanh": tanh,
+        "out": out.data_ptr(),
+    }
+
+
 @torch.library.custom_op("p2pfast::image_uint8", mutates_args=(), device_types="cpu")
 def image_uint8(x: Tensor, tanh: bool = False) -> Tensor:
     """Converts a generator's output to 8-bit pixels in one pass.
 
     (x + 1) / 2 * 255 in float32, clipped to [0, 255] and truncated: ``tensor2im`` of pix2pix and pix2pixHD.
-    NaN becomes 0, infinities become 0 and 255.
+    NaN becomes 0, infinities become 0 and 255. Runs on the CPU (``torch.get_num_threads()`` threads) and on
+    NVIDIA GPUs.
 
     Args:
         x: (N, C, H, W), 1 to 4 channels, float32, bfloat16 or float16, any strides (contiguous and
@@ -40,26 +63,17 @@ def image_uint8(x: Tensor, tanh: bool = False) -> Tensor:
         TypeError: another dtype.
         ValueError: not four dimensions, or not 1 to 4 channels.
     """
-    shape = _check(x)
-    images, height, width, channels = shape
-    x = x.detach()
-    out = torch.empty(shape, dtype=torch.uint8)
-    image_stride, channel_stride, row_stride, pixel_stride = x.stride()
+    out = torch.empty(_check(x), dtype=torch.uint8)
     _C.set_num_threads(torch.get_num_threads())
-    _C.image_uint8(
-        data=x.data_ptr(),
-        type=_TYPES[x.dtype],
-        images=images,
-        channels=channels,
-        height=height,
-        width=width,
-        image_stride=image_stride,
-        channel_stride=channel_stride,
-        row_stride=row_stride,
-        pixel_stride=pixel_stride,
-        tanh=tanh,
-        out=out.data_ptr(),
-    )
+    _C.image_uint8(**_numbers(x.detach(), tanh, out))
+    return out
+
+
+@image_uint8.register_kernel("cuda")
+def _(x: Tensor, tanh: bool = False) -> Tensor:
+    require_kernel("image_uint8", "image_uint8", "x")
+    out = torch.empty(_check(x), dtype=torch.uint8, device=x.device)
+    launch("image_uint8", x.device, **_numbers(x.detach(), tanh, out))
     return out
 
 

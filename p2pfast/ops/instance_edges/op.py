@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from p2pfast import _C
+from p2pfast.ops.cuda import launch, require_kernel
 
 _INTEGERS = (
     torch.uint8,
@@ -75,15 +76,10 @@ def instance_edges(ids: Tensor) -> Tensor:
 
 @instance_edges.register_kernel("cuda")
 def _(ids: Tensor) -> Tensor:
-    if not hasattr(_C, "cuda_instance_edges"):
-        raise RuntimeError(
-            "p2pfast::instance_edges has no CUDA kernel in this build "
-            f"({_C.build_info()['cuda_reason']}); move the ids to the CPU or rebuild with P2PFAST_CUDA=1"
-        )
+    require_kernel("instance_edges", "instance_edges", "the ids")
     rows = _rows(ids)
     edges = torch.empty(ids.shape, dtype=torch.uint8, device=ids.device)
-    stream = torch.cuda.current_stream(ids.device)
-    _C.cuda_instance_edges(**_numbers(rows, edges), device=stream.device_index, stream=stream.cuda_stream)
+    launch("instance_edges", ids.device, **_numbers(rows, edges))
     return edges
 
 
