@@ -148,10 +148,12 @@ ConvStep read_conv_step(int algorithm, const py::dict& dict) {
   if (const char* reason = conv_kernel(step.algorithm).refuses(step.args))
     throw std::invalid_argument(reason);
   const ConvArgs& a = step.args;
-  const bool skips =
-      step.algorithm == ConvAlgorithm::kWinograd || step.algorithm == ConvAlgorithm::kWinograd2;
+  const bool skips = step.algorithm == ConvAlgorithm::kWinograd ||
+                     step.algorithm == ConvAlgorithm::kWinograd2 ||
+                     step.algorithm == ConvAlgorithm::kWinograd6;
   if (a.out_uniform && (!a.uniform || !skips))
-    throw std::invalid_argument("out_uniform needs uniform and the algorithm winograd or winograd2");
+    throw std::invalid_argument(
+        "out_uniform needs uniform and the algorithm winograd, winograd2 or winograd6");
   bool complete = a.out.data && a.workspace && (a.partial == nullptr) == (a.count == nullptr);
   for (int i = 0; i < a.sources; ++i) complete = complete && a.source[i].data;
   complete =

@@ -85,9 +85,10 @@ enum class ConvAlgorithm : int32_t {
   kWinograd2 = 2,  // the same with two outputs a tile and dimension (3x3 stride 1)
   kStreamed = 3,   // Winograd, weights transformed on the fly; for few tiles and many channels
   kStreamed2 = 4,
-  kThin = 5,  // few output channels: taps folded into columns
+  kThin = 5,       // few output channels: taps folded into columns
+  kWinograd6 = 6,  // blocks of tiles with six outputs a dimension (3x3 stride 1)
 };
-inline constexpr int kConvAlgorithms = 6;
+inline constexpr int kConvAlgorithms = 7;
 
 struct ConvKernel {
   // Why this shape cannot run here, or null.
@@ -108,6 +109,7 @@ P2PFAST_PER_LEVEL(ConvKernel, conv_winograd2)
 P2PFAST_PER_LEVEL(ConvKernel, conv_streamed)
 P2PFAST_PER_LEVEL(ConvKernel, conv_streamed2)
 P2PFAST_PER_LEVEL(ConvKernel, conv_thin)
+P2PFAST_PER_LEVEL(ConvKernel, conv_winograd6)
 
 inline const ConvKernel& conv_kernel(ConvAlgorithm algorithm) {
   switch (algorithm) {
@@ -121,6 +123,8 @@ inline const ConvKernel& conv_kernel(ConvAlgorithm algorithm) {
       return conv_streamed2();
     case ConvAlgorithm::kThin:
       return conv_thin();
+    case ConvAlgorithm::kWinograd6:
+      return conv_winograd6();
     default:
       return conv_direct();
   }

@@ -116,6 +116,46 @@ struct F43 {
   }
 };
 
+// F(6, 3) at 0, +-a, +-b, +-c, infinity: a fifth less products than F(4, 3), four times its error.
+struct F63 {
+  static constexpr double a = 0.55, b = 1.0, c = 2.0;
+  static constexpr Toom<6, 3> m{{0.0, a, -a, b, -b, c, -c}};
+  static constexpr int kPoints = 8;
+  P2PFAST_INLINE static void input(const Vec* d, int sd, Vec* o, int so) {
+    constexpr double a2 = a * a, b2 = b * b, c2 = c * c;
+    const Vec d1 = d[sd], d2 = d[2 * sd], d3 = d[3 * sd], d4 = d[4 * sd], d5 = d[5 * sd], d6 = d[6 * sd];
+    // p (x^2 - q^2)(x^2 - r^2) (x +- p): even powers, and odd ones times p.
+    auto pair = [&](double p, double q2, double r2, int at) __attribute__((always_inline)) {
+      const float sum = static_cast<float>(q2 + r2), product = static_cast<float>(q2 * r2);
+      const Vec even = (d6 - sum * d4) + product * d2;
+      const Vec odd = static_cast<float>(p) * ((d5 - sum * d3) + product * d1);
+      o[at * so] = even + odd;
+      o[(at + 1) * so] = even - odd;
+    };
+    pair(a, b2, c2, 1);
+    pair(b, a2, c2, 3);
+    pair(c, a2, b2, 5);
+    constexpr float e1 = a2 + b2 + c2, e2 = a2 * b2 + a2 * c2 + b2 * c2, e3 = a2 * b2 * c2;
+    o[0] = (d6 - e1 * d4) + (e2 * d2 - e3 * d[0]);
+    o[7 * so] = (d[7 * sd] - e1 * d5) + (e2 * d3 - e3 * d1);
+  }
+  P2PFAST_INLINE static void output(const Vec* m_, int sm, Vec* o, int so) {
+    constexpr double a2 = a * a, c2 = c * c;
+    constexpr float a1 = a, a_2 = a2, a_3 = a2 * a, a_4 = a2 * a2, a_5 = a2 * a2 * a;
+    constexpr float c1 = c, c_2 = c2, c_3 = c2 * c, c_4 = c2 * c2, c_5 = c2 * c2 * c;
+    static_assert(b == 1.0, "its powers are left out");
+    const Vec sa = m_[sm] + m_[2 * sm], da = m_[sm] - m_[2 * sm];
+    const Vec sb = m_[3 * sm] + m_[4 * sm], db = m_[3 * sm] - m_[4 * sm];
+    const Vec sc = m_[5 * sm] + m_[6 * sm], dc = m_[5 * sm] - m_[6 * sm];
+    o[0] = (m_[0] + sa) + (sb + sc);
+    o[so] = a1 * da + (db + c1 * dc);
+    o[2 * so] = a_2 * sa + (sb + c_2 * sc);
+    o[3 * so] = a_3 * da + (db + c_3 * dc);
+    o[4 * so] = a_4 * sa + (sb + c_4 * sc);
+    o[5 * so] = (a_5 * da + db) + (c_5 * dc + m_[7 * sm]);
+  }
+};
+
 // F(2, 3) at 0, +-1, infinity.
 struct F23 {
   static constexpr Toom<2, 3> m{{0.0, 1.0, -1.0}};

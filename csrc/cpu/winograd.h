@@ -4,6 +4,8 @@
 // all tiles at once with weights transformed on the fly.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/conv.h"
 #include "cpu/epilogue.h"
 #include "cpu/gather.h"
@@ -199,11 +201,11 @@ struct Winograd {
       for (int i = 0; i < S::kSums; ++i) column[i] = load(sums + (i * S::kSums + j) * sum_stride);
       S::output(column, 1, half + j, S::kSums);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int y = 0; y < S::kStepOut; ++y) {
       Vec row[S::kStepOut];
       S::output(half + y * S::kSums, 1, row, 1);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int x = 0; x < S::kStepOut; ++x) value(y, x, row[x]);
     }
   }
@@ -536,50 +538,47 @@ struct Winograd {
   }
 };
 
-// Calls f.template operator()<Scheme>() for the scheme of this shape; kSmall asks for two outputs a
-// tile and dimension instead of four.
-template <bool kSmall, class F>
+// Calls f.template operator()<Scheme>() for the scheme of this shape with kOut outputs a tile and dimension:
+// 2, 4, or 6 for 3x3 kernels of stride 1.
+template <int kOut, class F>
 auto with_scheme(const ConvArgs& args, F&& f) {
-  if (args.transposed) {
-    if constexpr (kSmall) {
-      return args.kernel_h == 3 ? f.template operator()<Transposed3<F22, 2>>()
-                                : f.template operator()<Transposed4<F22, 2>>();
-    } else {
-      return args.kernel_h == 3 ? f.template operator()<Transposed3<F42, 4>>()
-                                : f.template operator()<Transposed4<F42, 4>>();
-    }
-  }
-  if constexpr (kSmall) {
-    if (args.stride == 1) return f.template operator()<Stride1Taps3<F23, 2>>();
-    return args.kernel_h == 3 ? f.template operator()<Stride2Taps3<F22, 2>>()
-                              : f.template operator()<Stride2Taps4<F22, 2>>();
+  if constexpr (kOut == 6) {
+    return f.template operator()<Stride1Taps3<F63, 6>>();
   } else {
-    if (args.stride == 1) return f.template operator()<Stride1Taps3<F43, 4>>();
-    return args.kernel_h == 3 ? f.template operator()<Stride2Taps3<F42, 4>>()
-                              : f.template operator()<Stride2Taps4<F42, 4>>();
+    using Three = std::conditional_t<kOut == 4, F43, F23>;
+    using Two = std::conditional_t<kOut == 4, F42, F22>;
+    if (args.transposed) {
+      return args.kernel_h == 3 ? f.template operator()<Transposed3<Two, kOut>>()
+                                : f.template operator()<Transposed4<Two, kOut>>();
+    }
+    if (args.stride == 1) return f.template operator()<Stride1Taps3<Three, kOut>>();
+    return args.kernel_h == 3 ? f.template operator()<Stride2Taps3<Two, kOut>>()
+                              : f.template operator()<Stride2Taps4<Two, kOut>>();
   }
 }
 
-inline const char* winograd_refuses(const ConvArgs& args) {
+template <int kOut>
+const char* winograd_refuses(const ConvArgs& args) {
   if (args.kernel_h != args.kernel_w) return "the kernel is not square";
-  if (args.transposed) {
+  if (args.transposed && kOut < 6) {
     if (args.stride != 2 || args.pad_top != 1 || args.pad_left != 1)
       return "transposed needs stride 2 and padding 1";
     if (args.kernel_h != 3 && args.kernel_h != 4) return "transposed needs a 3x3 or 4x4 kernel";
     return nullptr;
   }
   if (args.stride == 1 && args.kernel_h == 3) return nullptr;
+  if (kOut == 6) return "needs 3x3 with stride 1";
   if (args.stride == 2 && (args.kernel_h == 3 || args.kernel_h == 4)) return nullptr;
   return "needs 3x3 with stride 1 or 2, or 4x4 with stride 2";
 }
 
-template <bool kSmall>
+template <int kOut>
 int64_t packed_floats(const ConvArgs& args) {
-  return with_scheme<kSmall>(args, [&]<class S>() { return Winograd<S>{args}.packed_floats(); });
+  return with_scheme<kOut>(args, [&]<class S>() { return Winograd<S>{args}.packed_floats(); });
 }
-template <bool kSmall>
+template <int kOut>
 void pack(const ConvArgs& args, float* packed) {
-  with_scheme<kSmall>(args, [&]<class S>() {
+  with_scheme<kOut>(args, [&]<class S>() {
     if (args.packed_dtype == DType::kFloat32) {
       Winograd<S>{args}.pack(packed);
     } else {
@@ -587,9 +586,9 @@ void pack(const ConvArgs& args, float* packed) {
     }
   });
 }
-template <bool kSmall>
+template <int kOut>
 double multiplications(const ConvArgs& args) {
-  return with_scheme<kSmall>(args, [&]<class S>() { return Winograd<S>{args}.multiplications(); });
+  return with_scheme<kOut>(args, [&]<class S>() { return Winograd<S>{args}.multiplications(); });
 }
 
 // Blocks of tiles without those of one label, in winograd_skip.h.
@@ -597,28 +596,28 @@ template <class S>
 struct Skipping;
 
 // args.block tiles at a time, or all of them where it is 0.
-template <bool kSmall>
+template <int kOut>
 constexpr ConvKernel packed_winograd() {
-  return {winograd_refuses,
-          packed_floats<kSmall>,
-          pack<kSmall>,
+  return {winograd_refuses<kOut>,
+          packed_floats<kOut>,
+          pack<kOut>,
           [](const ConvArgs& args, int threads) {
-            return with_scheme<kSmall>(args, [&]<class S>() {
+            return with_scheme<kOut>(args, [&]<class S>() {
               const Winograd<S> w{args};
               if (args.uniform) return Skipping<S>{args}.workspace(threads);
               return args.block ? w.block_workspace(threads) : w.template stream_workspace<true>(threads);
             });
           },
           [](const ConvArgs& args) {
-            return with_scheme<kSmall>(args, [&]<class S>() {
+            return with_scheme<kOut>(args, [&]<class S>() {
               const Winograd<S> w{args};
               if (args.uniform) return Skipping<S>{args}.parts();
               return args.block ? w.blocks() : w.stream_parts();
             });
           },
-          multiplications<kSmall>,
+          multiplications<kOut>,
           [](const ConvArgs& args) {
-            with_scheme<kSmall>(args, [&]<class S>() {
+            with_scheme<kOut>(args, [&]<class S>() {
               const Winograd<S> w{args};
               if (args.uniform) return Skipping<S>{args}.run();
               args.block ? w.run_blocks() : w.template run_stream<true>();
@@ -626,21 +625,21 @@ constexpr ConvKernel packed_winograd() {
           }};
 }
 
-template <bool kSmall>
+template <int kOut>
 constexpr ConvKernel streamed_winograd() {
-  return {winograd_refuses,
+  return {winograd_refuses<kOut>,
           [](const ConvArgs&) { return int64_t{0}; },
           [](const ConvArgs&, float*) {},
           [](const ConvArgs& args, int threads) {
-            return with_scheme<kSmall>(
+            return with_scheme<kOut>(
                 args, [&]<class S>() { return Winograd<S>{args}.template stream_workspace<false>(threads); });
           },
           [](const ConvArgs& args) {
-            return with_scheme<kSmall>(args, [&]<class S>() { return Winograd<S>{args}.stream_parts(); });
+            return with_scheme<kOut>(args, [&]<class S>() { return Winograd<S>{args}.stream_parts(); });
           },
-          multiplications<kSmall>,
+          multiplications<kOut>,
           [](const ConvArgs& args) {
-            with_scheme<kSmall>(args, [&]<class S>() { Winograd<S>{args}.template run_stream<false>(); });
+            with_scheme<kOut>(args, [&]<class S>() { Winograd<S>{args}.template run_stream<false>(); });
           }};
 }
 

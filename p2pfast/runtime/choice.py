@@ -22,11 +22,11 @@ from p2pfast import _C
 from p2pfast.ops.measured import cache_folder, tuning
 from p2pfast.runtime.memory import available, in_large_pages
 
-ALGORITHMS = ("direct", "winograd", "winograd2", "streamed", "streamed2", "thin")
-DIRECT, WINOGRAD, WINOGRAD2, STREAMED, STREAMED2, THIN = range(6)
+ALGORITHMS = ("direct", "winograd", "winograd2", "streamed", "streamed2", "thin", "winograd6")
+DIRECT, WINOGRAD, WINOGRAD2, STREAMED, STREAMED2, THIN, WINOGRAD6 = range(7)
 
 # Share of the processor's peak that each algorithm typically reaches, for the estimate.
-_EFFICIENCY = (0.8, 0.6, 0.7, 0.5, 0.6, 0.5)
+_EFFICIENCY = (0.8, 0.6, 0.7, 0.5, 0.6, 0.5, 0.5)
 
 _TUNING_MULTIPLICATIONS = 1.2e9  # of one timed run, as a convolution is defined
 _TUNING_CHANNELS = 256  # outputs that a run keeps at least: enough panels for every thread
@@ -59,6 +59,7 @@ _PARAMETERS = {
     STREAMED: ((144, 0),),
     STREAMED2: ((144, 0),),
     THIN: ((0, 0),),
+    WINOGRAD6: ((24, 64), (36, 64)),
 }
 
 

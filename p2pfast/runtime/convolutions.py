@@ -132,7 +132,9 @@ class Convolutions(Tensors):
     @staticmethod
     def _copies(chosen: choices.Choice) -> bool:
         """Whether an algorithm can copy regions of one label."""
-        return chosen.algorithm in (choices.WINOGRAD, choices.WINOGRAD2) and chosen.block > 0
+        return (
+            chosen.algorithm in (choices.WINOGRAD, choices.WINOGRAD2, choices.WINOGRAD6) and chosen.block > 0
+        )
 
     def _weights(
         self, op: ConvOp, module: Any, chosen: choices.Choice, args: dict[str, Any], floats: int

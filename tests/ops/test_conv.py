@@ -63,7 +63,7 @@ def test_every_algorithm_by_name(cpu_level: str, algorithm: str) -> None:
 def test_two_inputs_are_a_concatenation() -> None:
     whole = example()
     parts = [whole["x"][:, :7], whole["x"][:, 7:].contiguous(memory_format=torch.channels_last)]
-    for algorithm in ALGORITHMS[:5]:
+    for algorithm in (a for a in ALGORITHMS if a != "thin"):
         one, two = conv(**whole, algorithm=algorithm), conv(**whole | {"x": parts}, algorithm=algorithm)
         torch.testing.assert_close(two, one, rtol=1e-6, atol=1e-6)
 

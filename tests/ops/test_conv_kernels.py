@@ -19,7 +19,7 @@ from p2pfast.ops.conv.op import ALGORITHMS, PADDING_MODES
 
 Alloc = Callable[..., Tensor]
 # Relative L2 error of minimal filtering in float32, as the operator's README documents it.
-WINOGRAD_ERROR = 5e-6
+WINOGRAD_ERROR, WINOGRAD6_ERROR = 5e-6, 2e-5
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class Case:
         if algorithm == "thin":
             folded = self.kernel * self.out_channels * (self.kernel if self.transposed else 1)
             return (self.transposed or self.stride == 1) and self.out_channels <= 8 and folded <= 64
+        if algorithm == "winograd6":
+            return not self.transposed and (self.kernel, self.stride) == (3, 1)
         if self.transposed:
             return self.stride == 2 and self.padding == 1 and self.kernel in (3, 4)
         return (self.kernel, self.stride) in ((3, 1), (3, 2), (4, 2))
@@ -309,7 +311,7 @@ def check(layer: Layer, algorithm: str, result: Result) -> None:
     depth = sum(layer.case.channels) * layer.case.kernel**2
     allowed = max(2 * eager, 2e-7, 0.125 * torch.finfo(torch.float32).eps * depth**0.5)
     if layer.case.filtered(algorithm):
-        allowed = max(allowed, WINOGRAD_ERROR)
+        allowed = max(allowed, WINOGRAD6_ERROR if algorithm == "winograd6" else WINOGRAD_ERROR)
     assert errors(result.out, exact) <= allowed
 
 
@@ -339,7 +341,7 @@ def test_packed_bfloat16(cpu_level: str, buffers: Alloc, case: Case, algorithm: 
         if algorithm == "direct":
             torch.testing.assert_close(narrow.out, wide.out, rtol=1e-6, atol=1e-6)
         else:
-            assert errors(narrow.out, wide.out.double()) < 1e-2
+            assert errors(narrow.out, wide.out.double()) < (3e-2 if algorithm == "winograd6" else 1e-2)
 
 
 @pytest.mark.parametrize(("case", "algorithm"), KIND_COMBINATIONS, ids=name)
@@ -387,7 +389,7 @@ def test_statistics(cpu_level: str, buffers: Alloc, case: Case, algorithm: str, 
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS[:5])
+@pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if a != "thin"])
 def test_statistics_of_a_flat_image(cpu_level: str, buffers: Alloc, algorithm: str) -> None:
     """What a part sees first, at a corner of zero padding, is unlike all that follows."""
     case = Case(1, 60, 130, (8,), 16, 3, padding=1, norm=False, input_act="none", block=10000)
@@ -425,6 +427,7 @@ def test_fewer_multiplications() -> None:
 
     s1 = {"kernel": 3, "padding": 1}
     assert (count("winograd", **s1), count("winograd2", **s1)) == (16 * 36, 64 * 16)
+    assert count("winograd6", **s1) == 9 * 64
     s2 = {"kernel": 3, "stride": 2, "padding": 1}
     assert (count("winograd", **s2), count("winograd2", **s2)) == (4 * 81, 16 * 25)
     s4 = {"kernel": 4, "stride": 2, "padding": 1}

@@ -22,6 +22,7 @@ CASES = [
 SCHEMES = {
     ("winograd", 3, 1): (4, 4, 6),
     ("winograd2", 3, 1): (2, 2, 4),
+    ("winograd6", 3, 1): (6, 6, 8),
     ("winograd", 3, 2): (4, 8, 9),
     ("winograd2", 3, 2): (2, 4, 5),
     ("winograd", 4, 2): (4, 8, 10),
@@ -73,8 +74,11 @@ def both(layer: Layer, algorithm: str, uniform: Tensor, alloc: Alloc) -> tuple[R
     return layer.run(algorithm), skipped, out_uniform
 
 
-@pytest.mark.parametrize("algorithm", ["winograd", "winograd2"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "algorithm"),
+    [(c, a) for c in CASES for a in ("winograd", "winograd2", "winograd6") if c.supports(a)],
+    ids=str,
+)
 @pytest.mark.parametrize(("labels", "size"), [(3, 23), (90, 6), (1, 100)])
 def test_equals_the_convolution_of_every_tile(
     cpu_level: str, buffers: Alloc, case: Case, algorithm: str, labels: int, size: int

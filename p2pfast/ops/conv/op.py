@@ -11,13 +11,13 @@ from p2pfast.ops.conv.activation import activation_code
 from p2pfast.ops.conv.source import describe_output, describe_source, readable
 
 # In the order of the native enumerations (csrc/cpu/conv.h).
-ALGORITHMS = ("direct", "winograd", "winograd2", "streamed", "streamed2", "thin")
+ALGORITHMS = ("direct", "winograd", "winograd2", "streamed", "streamed2", "thin", "winograd6")
 PADDING_MODES = ("zeros", "reflect", "replicate")
 _DTYPES = (torch.float32, torch.bfloat16)
 _LARGEST = 2**31 - 1
 
 # Tiles of a block, large enough for the products to run at full speed with their operands in the L2 cache.
-_BLOCK = {"winograd": 48, "winograd2": 96, "streamed": 256, "streamed2": 256}
+_BLOCK = {"winograd": 48, "winograd6": 36, "winograd2": 96, "streamed": 256, "streamed2": 256}
 
 
 def _check_numbers(
@@ -205,8 +205,8 @@ def conv(
         input_act: ``"none"``, ``"relu"`` or ``"leaky_relu"`` with ``input_slope``.
         act: ``"none"``, ``"relu"``, ``"leaky_relu"``, ``"tanh"``, ``"sigmoid"``, ``"elu"``, ``"silu"`` or
             ``"gelu"``; ``slope`` is leaky_relu's negative slope and elu's alpha.
-        algorithm: ``"auto"``, ``"direct"``, ``"winograd"``, ``"winograd2"``, ``"streamed"``, ``"streamed2"``
-            or ``"thin"``.
+        algorithm: ``"auto"``, ``"direct"``, ``"winograd"``, ``"winograd2"``, ``"streamed"``, ``"streamed2"``,
+            ``"winograd6"`` or ``"thin"``.
         dilation, groups: only 1.
 
     Returns:
