@@ -85,6 +85,24 @@ def default_budget(parameter_bytes: int) -> int:
     return wanted if free is None else min(wanted, free // 3)
 
 
+_TILE = {WINOGRAD: 4, WINOGRAD2: 2, WINOGRAD6: 6}  # outputs of a tile and dimension, before doubling
+_ROWS = 6  # tiles that the matrix kernel takes at a time; 4 or 5 left over are nearly as good
+
+
+def _balanced(algorithm: int, block: int, args: dict[str, Any]) -> int:
+    """About ``block`` tiles, such that every thread gets as many blocks as the others."""
+    if algorithm not in _TILE or block == 0:
+        return block
+    side = _TILE[algorithm] * (2 if args.get("transposed") else 1)
+    tiles = -(-args["out_height"] // side) * -(-args["out_width"] // side)
+    threads, images = _C.num_threads(), args["images"]
+    rounds = -(-tiles * images // (block * threads))
+    even = max(1, -(-tiles * images // (rounds * threads)))
+    while even > _ROWS and 0 < even % _ROWS < _ROWS - 2:
+        even += 1
+    return even
+
+
 def _candidates(args: dict[str, Any], narrow: tuple[int, ...], thin_only: bool) -> list[Choice]:
     """Candidates with their estimated time, quickest first."""
     found = []
@@ -92,6 +110,7 @@ def _candidates(args: dict[str, Any], narrow: tuple[int, ...], thin_only: bool) 
         if thin_only and algorithm != THIN:
             continue
         for block, group in parameters:
+            block = _balanced(algorithm, block, args)
             trial = {**args, "block": block, "group": group, "packed_dtype": int(algorithm in narrow)}
             info = _C.conv_info(algorithm, trial)
             if info["refuses"] is None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import p2pfast
+from p2pfast import _C
 from p2pfast.runtime import choice
 
 
@@ -90,3 +91,20 @@ def test_a_budget_is_kept_where_it_costs_least() -> None:
     assert [c.packed for c in choice.fit(layers, 200).values()] == [100, 100]
     assert [c.packed for c in choice.fit(layers, 199).values()] == [100, 0]
     assert [c.packed for c in choice.fit(layers, 0).values()] == [0, 0]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (9, 200), (1, 1), (512, 1024)])
+def test_blocks_are_shared_evenly(threads: int, height: int, width: int) -> None:
+    """Every thread gets as many blocks as the others, and a block is whole groups of rows, nearly."""
+    before = _C.num_threads()
+    _C.set_num_threads(threads)
+    try:
+        block = choice._balanced(choice.WINOGRAD, 24, {"out_height": height, "out_width": width, "images": 1})
+    finally:
+        _C.set_num_threads(before)
+    tiles = -(-height // 4) * -(-width // 4)
+    blocks = -(-tiles // block)
+    assert block <= 28 and (block <= 6 or block % 6 in (0, 4, 5))
+    rounds = -(-blocks // threads)
+    assert rounds <= -(-tiles // (24 * threads))
