@@ -294,7 +294,9 @@ def _measure(args: dict[str, Any], choice: Choice, best: float = float("inf"), w
     dtype = torch.bfloat16 if out.get("dtype") else torch.float32
     out["data"] = _memory.at("out", sum(s * (n - 1) for s, n in spans) + 16, dtype)
     taps = trial["kernel_h"] * trial["kernel_w"]
-    weights = trial["out_channels"] * sum(s["channels"] for s in sources) * taps
+    inputs = sum(s["channels"] for s in sources)
+    weights = (trial["out_channels"] - 1) * trial["weight_out_stride"]
+    weights += (inputs - 1) * trial["weight_in_stride"] + taps
     trial.update(sources=sources, out=out)
     dtype = torch.bfloat16 if trial.get("weight_dtype") else torch.float32
     trial["weight"] = _memory.at("weight", weights, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,3 +109,24 @@ def test_blocks_are_shared_evenly(threads: int, height: int, width: int) -> None
     assert block <= 28 and (block <= 6 or block % 6 in (0, 4, 5))
     rounds = -(-blocks // threads)
     assert rounds <= -(-tiles // (24 * threads))
+
+
+def test_a_shortened_trial_stays_inside_its_memory(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raw weights keep the strides of the whole layer, also where a trial has fewer output channels."""
+    monkeypatch.setenv("P2PFAST_TUNE", "on")
+    monkeypatch.setattr(choice, "_TUNING_MULTIPLICATIONS", 1e6)
+    reads: list[tuple[int, int]] = []
+    original = _C.run_conv
+
+    def run(algorithm: int, call: dict[str, Any]) -> None:
+        inputs = sum(s["channels"] for s in call["sources"])
+        last = (call["out_channels"] - 1) * call["weight_out_stride"]
+        last += (inputs - 1) * call["weight_in_stride"] + call["kernel_h"] * call["kernel_w"]
+        sizes = [b.numel() for name, b in choice._memory.blocks.items() if name.startswith("weight-")]
+        reads.append((last, max(sizes)))
+        original(algorithm, call)
+
+    monkeypatch.setattr(choice._C, "run_conv", run)
+    layer = nn.ConvTranspose2d(32, 512, 3, 2, 1, 1)
+    p2pfast.optimize(nn.Sequential(layer, nn.InstanceNorm2d(512)))(torch.randn(1, 32, 8, 64))
+    assert reads and all(last <= size for last, size in reads)
