@@ -8,6 +8,7 @@ from torch import Tensor
 from p2pfast import _C
 from p2pfast.ops.conv.activation import activation_code
 from p2pfast.ops.conv.source import describe_output, describe_source, readable
+from p2pfast.ops.gpu import require_triton
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -66,8 +67,9 @@ def check_arguments(
 
 
 def _check(x: Tensor, *rest: Any) -> None:
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"x has dtype {x.dtype}; torch.float32 or torch.bfloat16 is expected")
+    if x.dtype not in _DTYPES and not (x.dtype == torch.float16 and x.is_cuda):
+        expected = ("torch.float16, " if x.is_cuda else "") + "torch.float32 or torch.bfloat16"
+        raise TypeError(f"x has dtype {x.dtype}; {expected} is expected")
     check_arguments(x, *rest)
 
 
@@ -134,7 +136,8 @@ def instance_norm_act(
     Differentiable, also twice (``p2pfast.ops.gradients``).
 
     Args:
-        x: (N, C, H, W), float32 or bfloat16, read in place as contiguous or channels_last.
+        x: (N, C, H, W), float32 or bfloat16, read in place as contiguous or channels_last. On a GPU float16
+            too; read in place as channels_last, with Triton kernels.
         weight, bias: (C,), floating point, or None.
         mean, variance: (C,) or (N, C), floating point; the variance biased, as it is used.
         over_batch: one mean for the whole batch instead of one an image.
@@ -149,6 +152,7 @@ def instance_norm_act(
         TypeError: a dtype that is not listed above.
         ValueError: shapes that do not fit, an empty batch, tensors on different devices, or statistics of a
             single value.
+        RuntimeError: on a GPU without Triton, or older than compute capability 8.0.
     """
     _check(x, weight, bias, mean, variance, over_batch, eps, act, residual)
     images, channels, height, width = x.shape
@@ -175,6 +179,26 @@ def instance_norm_act(
         call["second"] = describe_source(residual)
     _C.run_apply(call)
     return out
+
+
+@instance_norm_act.register_kernel("cuda")
+def _(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    mean: Tensor | None = None,
+    variance: Tensor | None = None,
+    over_batch: bool = False,
+    eps: float = 1e-5,
+    act: str = "none",
+    slope: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    require_triton()
+    from p2pfast.ops.norm import triton as kernels
+
+    _check(x, weight, bias, mean, variance, over_batch, eps, act, residual)
+    return kernels.instance_norm_act(x, weight, bias, mean, variance, over_batch, eps, act, slope, residual)
 
 
 @instance_norm_act.register_fake
