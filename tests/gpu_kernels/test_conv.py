@@ -225,6 +225,19 @@ def test_transposed(name: str, layout: str, device: str) -> None:
     run(replace(case, layout=layout), device)
 
 
+ROWS = {
+    "7x7": Case(out=3, kernel=(7, 7), pad=3, mode="reflect", size=(5, 6), act="tanh"),
+    "one channel, two sources": Case(channels=(17, 3), out=1, kernel=(4, 4), size=(5, 9)),
+    "blocks across": Case(out=2, pad=0, size=(4, 40), images=1),
+    "low image": Case(out=4, mode="replicate", size=(1, 7), images=1),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_few_output_channels(name: str, device: str) -> None:
+    run(replace(ROWS[name], layout="rows", statistics=False), device)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_short_dtypes(dtype: torch.dtype, transposed: bool, device: str) -> None:

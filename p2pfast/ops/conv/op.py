@@ -9,11 +9,13 @@ from torch import Tensor
 from p2pfast import _C
 from p2pfast.ops.conv.activation import activation_code
 from p2pfast.ops.conv.source import describe_output, describe_source, readable
+from p2pfast.ops.gpu import require_triton
 
 # In the order of the native enumerations (csrc/cpu/conv.h).
 ALGORITHMS = ("direct", "winograd", "winograd2", "streamed", "streamed2", "thin", "winograd6")
 PADDING_MODES = ("zeros", "reflect", "replicate")
 _DTYPES = (torch.float32, torch.bfloat16)
+_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST = 2**31 - 1
 
 # Tiles of a block, large enough for the products to run at full speed with their operands in the L2 cache.
@@ -43,9 +45,11 @@ def _check_inputs(x: Sequence[Tensor], weight: Tensor, bias: Tensor | None, tran
     if len(x) not in (1, 2):
         raise ValueError(f"x has {len(x)} tensors; 1 or 2 are supported")
     first = x[0]
+    dtypes = _CUDA_DTYPES if first.is_cuda else _DTYPES
+    expected = f"{', '.join(str(d) for d in dtypes[:-1])} or {dtypes[-1]} is expected"
     for t in x:
-        if t.dtype not in _DTYPES:
-            raise TypeError(f"x has dtype {t.dtype}; torch.float32 or torch.bfloat16 is expected")
+        if t.dtype not in dtypes:
+            raise TypeError(f"x has dtype {t.dtype}; {expected}")
         if t.dtype != first.dtype:
             raise TypeError(f"x has dtypes {first.dtype} and {t.dtype}; they must be equal")
         if t.dim() != 4:
@@ -57,8 +61,8 @@ def _check_inputs(x: Sequence[Tensor], weight: Tensor, bias: Tensor | None, tran
         if t.numel() == 0:
             what = "an empty batch" if t.shape[0] == 0 else "an empty tensor"
             raise ValueError(f"x has shape {tuple(t.shape)}: {what} has no convolution")
-    if weight.dtype not in _DTYPES:
-        raise TypeError(f"weight has dtype {weight.dtype}; torch.float32 or torch.bfloat16 is expected")
+    if weight.dtype not in dtypes:
+        raise TypeError(f"weight has dtype {weight.dtype}; {expected}")
     channels = sum(t.shape[1] for t in x)
     if weight.dim() != 4 or weight.numel() == 0 or weight.shape[0 if transposed else 1] != channels:
         layout = f"({channels}, out_channels" if transposed else f"(out_channels, {channels}"
@@ -192,11 +196,14 @@ def conv(
     ``act(conv(pad(input_act(scale * cat(x) + shift)), weight) + bias)``; see ``conv_reference`` and this
     folder's README. Sums, normalisation and activations are float32. Weights are packed at every call; a
     plan (``p2pfast.optimize``) packs them once. Differentiable, also twice (``p2pfast.ops.gradients``).
+    On CPUs, and through Triton on NVIDIA GPUs of compute capability 8.0 and later; there float32 operands are
+    rounded to TensorFloat-32 where ``torch.backends.cudnn.allow_tf32`` is set, as in PyTorch's convolutions.
 
     Args:
-        x: (N, C, H, W), float32 or bfloat16, read in place as contiguous or channels_last; or two of them
-            that are used as if concatenated along the channels.
-        weight: (Cout, C, Kh, Kw), (C, Cout, Kh, Kw) if transposed; float32 or bfloat16; sides at most 16.
+        x: (N, C, H, W), float32 or bfloat16 (on GPUs also float16), read in place as contiguous (on GPUs
+            copied) or channels_last; or two of them that are used as if concatenated along the channels.
+        weight: (Cout, C, Kh, Kw), (C, Cout, Kh, Kw) if transposed; of a dtype that x may have; on CPUs sides
+            of at most 16.
         bias: (Cout,), floating point, or None.
         stride, padding, output_padding, transposed: as for ``torch.nn.functional.conv2d`` and
             ``conv_transpose2d``, the same in both directions.
@@ -206,7 +213,7 @@ def conv(
         act: ``"none"``, ``"relu"``, ``"leaky_relu"``, ``"tanh"``, ``"sigmoid"``, ``"elu"``, ``"silu"`` or
             ``"gelu"``; ``slope`` is leaky_relu's negative slope and elu's alpha.
         algorithm: ``"auto"``, ``"direct"``, ``"winograd"``, ``"winograd2"``, ``"streamed"``, ``"streamed2"``,
-            ``"winograd6"`` or ``"thin"``.
+            ``"winograd6"`` or ``"thin"``; on GPUs only ``"auto"``.
         dilation, groups: only 1.
 
     Returns:
@@ -216,6 +223,7 @@ def conv(
         TypeError: a dtype that is not listed above.
         ValueError: shapes that do not fit, an empty batch, a reflection as large as the image, tensors on
             different devices, or an algorithm that cannot do this convolution.
+        RuntimeError: on a GPU, no Triton, or a compute capability below 8.0.
     """
     sources = [x] if isinstance(x, Tensor) else list(x)
     result: Tensor = _conv(
@@ -265,6 +273,8 @@ def _check(
     activation_code(act)
     if algorithm != "auto" and algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm is {algorithm!r}; choose one of auto, {', '.join(ALGORITHMS)}")
+    if algorithm != "auto" and x[0].is_cuda:
+        raise ValueError(f"algorithm is {algorithm!r}, one of the CPU's; on a GPU choose 'auto'")
     return _out_shape(x[0], weight, stride, padding, output_padding, transposed, padding_mode)
 
 
@@ -393,3 +403,61 @@ def _(
         groups,
     )
     return torch.empty(shape, dtype=x[0].dtype, device=x[0].device, memory_format=torch.channels_last)
+
+
+@_conv.register_kernel("cuda")
+def _(
+    x: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int = 1,
+    padding: int = 0,
+    output_padding: int = 0,
+    transposed: bool = False,
+    padding_mode: str = "zeros",
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    input_act: str = "none",
+    input_slope: float = 0.0,
+    act: str = "none",
+    slope: float = 0.0,
+    algorithm: str = "auto",
+    dilation: int = 1,
+    groups: int = 1,
+) -> Tensor:
+    shape = _check(
+        x,
+        weight,
+        bias,
+        stride,
+        padding,
+        output_padding,
+        transposed,
+        padding_mode,
+        scale,
+        shift,
+        input_act,
+        act,
+        algorithm,
+        dilation,
+        groups,
+    )
+    require_triton()
+    from p2pfast.ops.conv.gpu.op import run  # imports triton, which a machine without a GPU need not have
+
+    return run(
+        x,
+        weight,
+        bias,
+        shape,
+        stride,
+        padding,
+        transposed,
+        padding_mode,
+        scale,
+        shift,
+        input_act,
+        input_slope,
+        act,
+        slope,
+    )

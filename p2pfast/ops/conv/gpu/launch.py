@@ -11,8 +11,9 @@ from torch import Tensor
 from p2pfast.ops.conv.activation import activation_code
 from p2pfast.ops.conv.gpu.configs import Config, default_config
 from p2pfast.ops.conv.gpu.conv_kernel import conv_kernel
-from p2pfast.ops.conv.gpu.pack import Packed
+from p2pfast.ops.conv.gpu.pack import Packed, power_of_two
 from p2pfast.ops.conv.gpu.source import Source, check_source, check_view, norm_stride
+from p2pfast.ops.conv.gpu.thin_kernel import thin_kernel
 from p2pfast.ops.gpu import Launch, check_tensor, on_device
 
 PADDING_MODES = ("zeros", "reflect", "replicate")
@@ -22,7 +23,7 @@ _LARGEST = 2**31 - 1024  # pixels of an image: row numbers of the last tile must
 
 def _phase_sizes(packed: Packed, out_height: int, out_width: int) -> list[int]:
     """Rows of the product of each phase, in the order of the grid."""
-    if packed.layout == "plain":
+    if packed.layout in ("plain", "rows"):
         return [out_height * out_width]
     s = packed.stride
     if packed.layout == "columns":
@@ -120,10 +121,7 @@ def build(
     out_height, out_width = out.shape[1:3]
     arguments0, constants0 = _source(0, sources[0], first)
     arguments1, constants1 = _source(1, second, first)
-    sizes = _phase_sizes(packed, out_height, out_width)
     tensors = [s.tensor for s in sources] + [out] + ([residual.tensor] if residual else [])
-    s = packed.stride
-    whole = packed.layout != "columns" or (out_height % s == 0 and out_width % s == 0)
     arguments = {
         **arguments0,
         **arguments1,
@@ -133,8 +131,6 @@ def build(
         "residual_scale": None if residual is None else residual.scale,
         "residual_shift": None if residual is None else residual.shift,
         "out": out,
-        "partial": partial,
-        "count": count,
         "height": first.shape[1],
         "width": first.shape[2],
         "out_height": out_height,
@@ -144,9 +140,7 @@ def build(
         "residual_norm_image": 0 if residual is None else norm_stride(residual),
         "out_image": out.stride(0),
         "out_row": out.stride(1),
-        "parts": 0 if count is None else count.shape[0],
     }
-    phases = {"plain": "none", "phases": "grid", "columns": "columns"}[packed.layout]
     constants = {
         **constants0,
         **constants1,
@@ -158,21 +152,40 @@ def build(
         "OUT_PIXEL": out.stride(2),
         "COUT": packed.out_channels,
         "DEPTH": packed.depth,
-        "KH": packed.window[0],
-        "KW": packed.window[1],
-        "STRIDE": stride,
         "PAD_TOP": packed.padding[0] if packed.transposed else padding[0],
         "PAD_LEFT": packed.padding[1] if packed.transposed else padding[1],
-        "PAD": pad,
-        "PHASES": phases,
         "ACT": activation_code(act),
         "SLOPE": slope,
-        "FULL": whole and all(size % config.bm == 0 for size in sizes),
         "WIDE": any(_span(t) >= 2**31 for t in tensors),
         "PRECISION": precision,
         "BM": config.bm,
-        "BN": config.bn,
         "BK": config.bk,
+    }
+    if packed.layout == "rows":
+        constants |= {
+            "WINDOW": packed.window[0],
+            "ROWS": packed.rows,
+            "KW": packed.kernel[1],
+            "KWP": power_of_two(packed.kernel[1]),
+            "CP": power_of_two(packed.out_channels),
+            # Tiles at the ends reach past the image also where no window does.
+            "PAD": "replicate" if pad == "none" else pad,
+        }
+        across = config.bm - packed.kernel[1] + 1
+        grid = -(-out_width // across), -(-out_height // packed.rows), out.shape[0]
+        return Launch(thin_kernel, grid, arguments, constants, config.warps, config.stages)
+    sizes = _phase_sizes(packed, out_height, out_width)
+    s = packed.stride
+    whole = packed.layout != "columns" or (out_height % s == 0 and out_width % s == 0)
+    arguments |= {"partial": partial, "count": count, "parts": 0 if count is None else count.shape[0]}
+    constants |= {
+        "KH": packed.window[0],
+        "KW": packed.window[1],
+        "STRIDE": stride,
+        "PAD": pad,
+        "PHASES": {"plain": "none", "phases": "grid", "columns": "columns"}[packed.layout],
+        "FULL": whole and all(size % config.bm == 0 for size in sizes),
+        "BN": config.bn,
     }
     tiles = -(-max(sizes) // config.bm) * -(-packed.columns // config.bn)
     grid = tiles, len(sizes), out.shape[0]
@@ -243,6 +256,15 @@ def _check(
         raise ValueError(f"bias has shape {tuple(bias.shape)}; ({packed.out_channels},) is expected")
     if (partial is None) != (count is None):
         raise ValueError("partial and count go together; one of them is None")
+    if packed.layout == "rows":
+        if partial is not None:
+            raise ValueError(
+                "partial is given; the weights' layout 'rows' has no statistics: pack them as 'plain'"
+            )
+        if stride != 1:
+            raise ValueError(f"stride is {stride}; the weights' layout 'rows' takes 1: pack them as 'plain'")
+        if -(-out.shape[1] // packed.rows) > 65535:
+            raise ValueError(f"out has shape {tuple(out.shape)}: too high for the weights' layout 'rows'")
     others: dict[str, Tensor | None] = {
         "bias": bias,
         "weights": packed.data,

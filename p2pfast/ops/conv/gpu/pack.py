@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LAYOUTS = ("plain", "phases", "columns")
+LAYOUTS = ("plain", "phases", "columns", "rows")
 
 # Sources with fewer channels take several taps in one step of the product's depth.
 FLAT_BELOW = 16
