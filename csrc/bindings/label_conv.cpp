@@ -4,6 +4,10 @@
 
 #include <stdexcept>
 
+#ifdef P2PFAST_WITH_CUDA
+#include "cuda/label_conv.h"
+#endif
+
 namespace py = pybind11;
 
 namespace p2pfast {
@@ -39,6 +43,56 @@ void run(const LabelConvShape& shape, uintptr_t labels, uintptr_t edges, uintptr
                     reinterpret_cast<float*>(partials), reinterpret_cast<uint8_t*>(uniform),
                     pointer<void>(scratch, "scratch")});
 }
+
+#ifdef P2PFAST_WITH_CUDA
+void bind_cuda_label_conv(py::module_& m) {
+  m.def(
+      "cuda_label_conv_sizes",
+      [](const LabelConvShape& shape) {
+        const cuda::LabelConvSizes sizes = cuda::label_conv_sizes(shape);
+        py::dict found;
+        found["packed_floats"] = sizes.tables.packed_floats;
+        found["out_height"] = sizes.tables.out_height;
+        found["out_width"] = sizes.tables.out_width;
+        found["parts"] = sizes.parts;
+        found["scratch_bytes"] = sizes.scratch_bytes;
+        return found;
+      },
+      py::arg("shape"));
+  m.def("cuda_label_conv_parts", &cuda::label_conv_parts, py::kw_only(), py::arg("rows"), py::arg("width"),
+        "Parts of statistics of so many output rows.");
+  m.def(
+      "cuda_label_conv_pack",
+      [](const LabelConvShape& shape, uintptr_t weight, uintptr_t bias, uintptr_t packed, int device,
+         uintptr_t stream) {
+        cuda::label_conv_pack(shape, reinterpret_cast<const float*>(weight),
+                              reinterpret_cast<const float*>(bias), reinterpret_cast<float*>(packed), device,
+                              stream);
+      },
+      py::arg("shape"), py::kw_only(), py::arg("weight"), py::arg("bias"), py::arg("packed"),
+      py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "cuda_label_conv",
+      [](const LabelConvShape& shape, uintptr_t labels, int label_bytes, uintptr_t edges, uintptr_t ids,
+         int id_bytes, uintptr_t packed, uintptr_t out, int type, int64_t out_stride, uintptr_t scratch,
+         int device, uintptr_t stream, uintptr_t partials, uintptr_t counts, uintptr_t uniform,
+         int64_t row_begin, int64_t row_end) {
+        cuda::label_conv({shape, reinterpret_cast<const void*>(labels), label_bytes,
+                          reinterpret_cast<const uint8_t*>(edges), reinterpret_cast<const void*>(ids),
+                          id_bytes, reinterpret_cast<const float*>(packed), reinterpret_cast<void*>(out),
+                          static_cast<cuda::StoredType>(type), out_stride, reinterpret_cast<float*>(partials),
+                          reinterpret_cast<float*>(counts), reinterpret_cast<uint8_t*>(uniform),
+                          reinterpret_cast<void*>(scratch), row_begin, row_end},
+                         device, stream);
+      },
+      py::arg("shape"), py::kw_only(), py::arg("labels"), py::arg("label_bytes"), py::arg("edges") = 0,
+      py::arg("ids") = 0, py::arg("id_bytes") = 0, py::arg("packed"), py::arg("out"), py::arg("type"),
+      py::arg("out_stride"), py::arg("scratch") = 0, py::arg("device"), py::arg("stream"),
+      py::arg("partials") = 0, py::arg("counts") = 0, py::arg("uniform") = 0, py::arg("row_begin") = 0,
+      py::arg("row_end") = 0, py::call_guard<py::gil_scoped_release>(),
+      "Runs the convolution; see csrc/cuda/label_conv.h for the buffers. 0 is a null address.");
+}
+#endif
 
 }  // namespace
 
@@ -81,6 +135,9 @@ void bind_label_conv(py::module_& m) {
         py::arg("packed"), py::arg("out"), py::arg("out_bf16"), py::arg("scratch"), py::arg("partials") = 0,
         py::arg("uniform") = 0, py::call_guard<py::gil_scoped_release>(),
         "Runs the convolution; see csrc/cpu/label_conv.h for the buffers. 0 is a null address.");
+#ifdef P2PFAST_WITH_CUDA
+  bind_cuda_label_conv(m);
+#endif
 }
 
 }  // namespace p2pfast

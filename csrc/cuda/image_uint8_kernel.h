@@ -13,6 +13,7 @@ template <class T, int kChannels>
 struct ImageUint8Kernel {
   static constexpr int kThreads = 256;
   static constexpr int kPhases = 1;
+  static constexpr int kResident = 6;
   static constexpr int kPixels = 4;
 
   struct Args {

@@ -38,7 +38,8 @@ __device__ __forceinline__ void run_phases(const typename K::Args& args, typenam
 }
 
 template <class K>
-__global__ void __launch_bounds__(K::kThreads) kernel(const __grid_constant__ typename K::Args args) {
+__global__ void __launch_bounds__(K::kThreads, K::kResident)
+    kernel(const __grid_constant__ typename K::Args args) {
   __shared__ typename K::Shared shared;
   typename K::Local local;
   run_phases<K>(args, shared, local);

@@ -6,6 +6,7 @@
 //   struct Shared                     what a block shares
 //   struct Local                      what a thread keeps from phase to phase
 //   static constexpr int kThreads, kPhases
+//   static constexpr int kResident    blocks that a multiprocessor is to hold, which bounds registers
 //   template <int kPhase>
 //   static void run(const Args&, int64_t block, int thread, Shared&, Local&)
 // and there is a barrier after every phase but the last. Grids have one dimension.

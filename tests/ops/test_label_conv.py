@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from p2pfast import _C
+from p2pfast.ops.instance_edges import instance_edges
 from p2pfast.ops.label_conv import label_conv, label_conv_reference
+from p2pfast.ops.label_conv.cuda import LabelConvGeometry, convolve_labels, pack_tables
 
 GUARD = 256
 EPS = torch.finfo(torch.float32).eps
@@ -431,3 +433,69 @@ def test_max_label(cpu_level: str, count: int) -> None:
         assert _C.label_conv_max_label(labels=changed.data_ptr(), count=count) == 255
     expected = int(labels.max()) if count else 0
     assert _C.label_conv_max_label(labels=labels.data_ptr() if count else 0, count=count) == expected
+
+
+def on_cuda(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.cuda() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
+@pytest.mark.gpu
+class TestCuda:
+    @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+    def test_matches_the_reference(self, case: Case) -> None:
+        inputs = case.make()
+        y = label_conv(**on_cuda(inputs))
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert_close(y.cpu(), inputs)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("name", ["batch", "many channels", "pooled", "7x7 zeros"])
+    def test_small_dtypes_are_the_rounded_float32(self, name: str, dtype: torch.dtype) -> None:
+        inputs = on_cuda(CASES[name].make())
+        assert torch.equal(label_conv(**inputs, dtype=dtype), label_conv(**inputs).to(dtype))
+
+    @pytest.mark.parametrize(
+        "name", ["7x7 blocks", "batch", "many channels", "pooled", "pooled zeros", "1x1"]
+    )
+    def test_statistics_edges_from_ids_and_slices(self, name: str) -> None:
+        inputs = on_cuda(CASES[name].make())
+        weight = inputs["weight"]
+        ids = torch.randint(0, 3, inputs["labels"].shape, dtype=torch.int64).cuda() << 40
+        inputs["edges"] = instance_edges(ids)
+        expected = label_conv(**inputs)
+        cout = expected.shape[1]
+        geometry = LabelConvGeometry(
+            inputs["num_classes"], cout, weight.shape[-1], inputs["pool_levels"], inputs["padding_mode"]
+        )
+        tables = pack_tables(weight, inputs["bias"] + 1000, geometry, True)
+        whole = torch.full((expected.shape[0], cout + 12, *expected.shape[2:]), torch.nan).cuda()
+        whole = whole.to(memory_format=torch.channels_last)
+        labels = inputs["labels"].to(torch.int16)
+        result = convolve_labels(
+            labels, None, ids, tables, geometry, out=whole[:, 4 : 4 + cout], statistics=True
+        )
+        torch.testing.assert_close(result.image, expected + 1000, rtol=1e-6, atol=0)
+        assert whole[:, :4].isnan().all() and whole[:, 4 + cout :].isnan().all()
+        assert result.partials is not None and result.counts is not None
+        count = result.counts.double()[None, :, None]
+        mean, m2 = result.partials.double().unbind(2)
+        image = result.image.double().flatten(2)
+        total = count.sum()
+        assert total == image.shape[2]
+        centre = (mean * count).sum(1) / total
+        torch.testing.assert_close(centre, image.mean(2), rtol=1e-6, atol=0)
+        all_m2 = (m2 + count * (mean - centre[:, None]) ** 2).sum(1)
+        torch.testing.assert_close(all_m2, ((image - centre[..., None]) ** 2).sum(2), rtol=1e-3, atol=1e-6)
+        again = convolve_labels(labels, None, ids, tables, geometry, statistics=True)
+        assert again.partials is not None and torch.equal(again.partials, result.partials)
+
+    def test_labels_out_of_range(self) -> None:
+        inputs = on_cuda(CASES["7x7 blocks"].make())
+        inputs["labels"][0, 20, 100] = 200
+        with pytest.raises(ValueError, match="labels has values from 0 to 200"):
+            label_conv(**inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = label_conv(**inputs)
+        graph.replay()
+        assert y[:, :, 17:24, 97:104].isnan().all() and not y[:, :, :17].isnan().any()

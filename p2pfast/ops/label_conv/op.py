@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from p2pfast import _C
+from p2pfast.ops.cuda import require_kernel
+from p2pfast.ops.label_conv.cuda import LabelConvGeometry, convolve_labels, pack_tables
 
 _INTEGERS = (
     torch.uint8,
@@ -18,7 +20,10 @@ _INTEGERS = (
     torch.uint64,
 )
 _PADDING_MODES = ("reflect", "zeros")
-_OUTPUTS = (torch.float32, torch.bfloat16)
+_OUTPUTS = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 _MAX_KERNEL = 7
 
 
@@ -50,8 +55,12 @@ def _check(
         raise ValueError(f"pool_levels is {pool_levels}; it must be from 0 to 8")
     if padding_mode not in _PADDING_MODES:
         raise ValueError(f"padding_mode is {padding_mode!r}; choose one of {', '.join(_PADDING_MODES)}")
-    if dtype not in _OUTPUTS:
-        raise TypeError(f"dtype is {dtype}; choose torch.float32 or torch.bfloat16")
+    outputs = _OUTPUTS.get(labels.device.type, _OUTPUTS["cuda"])
+    if dtype not in outputs:
+        raise TypeError(f"dtype is {dtype}; choose {' or '.join(map(str, outputs))}")
+    for name, t in (("edges", edges), ("weight", weight), ("bias", bias)):
+        if t is not None and t.device != labels.device:
+            raise ValueError(f"{name} is on {t.device}, labels on {labels.device}; move one of them")
     if not weight.is_floating_point():
         raise TypeError(f"weight has dtype {weight.dtype}; a floating-point dtype is expected")
     channels = num_classes + (edges is not None)
@@ -86,23 +95,26 @@ def _check(
     return labels.shape[0], cout, height, width
 
 
-def _as_bytes(labels: Tensor, num_classes: int) -> Tensor:
-    """The labels as contiguous uint8, checked against the number of classes."""
-    if labels.dtype == torch.uint8:
-        labels = labels.contiguous()
-        low, high = 0, _C.label_conv_max_label(labels=labels.data_ptr(), count=labels.numel())
-    else:
-        if labels.dtype in (torch.uint32, torch.uint64):  # PyTorch has no minimum for these
-            labels = labels.to(torch.int64)
-        elif labels.dtype == torch.uint16:
-            labels = labels.to(torch.int32)
-        low, high = (int(v) for v in labels.aminmax()) if labels.numel() else (0, 0)
+def _range(labels: Tensor) -> tuple[int, int]:
+    if labels.numel() == 0:
+        return 0, 0
+    if labels.dtype == torch.uint8 and labels.device.type == "cpu":
+        return 0, _C.label_conv_max_label(labels=labels.data_ptr(), count=labels.numel())
+    if labels.dtype in (torch.uint32, torch.uint64):  # PyTorch has no minimum for these
+        labels = labels.to(torch.int64)
+    elif labels.dtype == torch.uint16:
+        labels = labels.to(torch.int32)
+    low, high = torch.stack(labels.aminmax()).tolist()
+    return low, high
+
+
+def _check_range(labels: Tensor, num_classes: int) -> None:
+    low, high = _range(labels)
     if low < 0 or high >= num_classes:
         raise ValueError(
             f"labels has values from {low} to {high}; with num_classes={num_classes} they must be from 0 to "
             f"{num_classes - 1}: map other labels to a class first, or raise num_classes"
         )
-    return labels.to(torch.uint8).contiguous()
 
 
 @torch.library.custom_op("p2pfast::label_conv", mutates_args=(), device_types="cpu")
@@ -123,7 +135,9 @@ def label_conv(
     ``label_conv_reference`` and this folder's README. The one-hot tensor is never built, and weights of
     labels that do not occur are never looked at (not even if they are NaN).
 
-    For inference: the result has no gradient, and a backward pass through it raises.
+    For inference: the result has no gradient, and a backward pass through it raises. On NVIDIA GPUs the check
+    of the labels' range waits for the device; while a CUDA graph is captured it is left out, and a window
+    that sees a label outside the range becomes NaN.
 
     Args:
         labels: (N, H, W) of any integer dtype, uint8 being the quickest; values in [0, num_classes).
@@ -134,20 +148,22 @@ def label_conv(
         num_classes: at most 256.
         pool_levels: how often the input is halved before the convolution.
         padding_mode: ``"reflect"`` or ``"zeros"``, of K // 2 pixels.
-        dtype: of the result, float32 or bfloat16 (rounded from float32 sums).
+        dtype: of the result, float32 or bfloat16, on CUDA also float16 (rounded from float32 sums).
 
     Returns:
         (N, Cout, H', W') in channels_last memory format, H' = ceil(H / 2 ** pool_levels), W' alike.
 
     Raises:
         TypeError: a dtype that is not listed above.
-        ValueError: a shape that does not fit, labels outside [0, num_classes), or a (pooled) map that is
-            not larger than the reflection padding.
+        ValueError: a shape that does not fit, labels outside [0, num_classes), a (pooled) map that is
+            not larger than the reflection padding, or tensors on different devices.
     """
     shape = _check(labels, edges, weight, bias, num_classes, pool_levels, padding_mode, dtype)
     batch, cout, height, width = shape
     _C.set_num_threads(torch.get_num_threads())
-    labels = _as_bytes(labels, num_classes)
+    labels = labels.contiguous()
+    _check_range(labels, num_classes)
+    labels = labels.to(torch.uint8)
     if batch == 0:
         return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
     edges = None if edges is None else edges.contiguous()
@@ -189,6 +205,27 @@ def label_conv(
         return out.permute(0, 3, 1, 2)
     result = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
     return result.copy_(out[..., :cout].permute(0, 3, 1, 2))
+
+
+@label_conv.register_kernel("cuda")
+def _(
+    labels: Tensor,
+    edges: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    num_classes: int,
+    pool_levels: int = 0,
+    padding_mode: str = "reflect",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    require_kernel("label_conv", "label_conv", "the labels")
+    _check(labels, edges, weight, bias, num_classes, pool_levels, padding_mode, dtype)
+    labels = labels.contiguous()
+    if not torch.cuda.is_current_stream_capturing():
+        _check_range(labels, num_classes)
+    geometry = LabelConvGeometry(num_classes, weight.shape[0], weight.shape[-1], pool_levels, padding_mode)
+    tables = pack_tables(weight, bias, geometry, edges is not None)
+    return convolve_labels(labels, edges, None, tables, geometry, dtype=dtype).image
 
 
 @label_conv.register_fake
