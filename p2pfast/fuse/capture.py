@@ -683,7 +683,9 @@ class _Relayout:
         self.strides = strides
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.empty_strided(tensor.shape, self.strides, dtype=tensor.dtype).copy_(tensor)
+        return torch.empty_strided(
+            tensor.shape, self.strides, dtype=tensor.dtype, device=tensor.device
+        ).copy_(tensor)
 
 
 class _Options:

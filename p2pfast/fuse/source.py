@@ -17,16 +17,17 @@ from p2pfast.fuse.trace import Traced, Untraceable, example, has_hooks, trace
 from p2pfast.labelmap import LabelMap
 
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, slice, type(Ellipsis))
+_CPU = torch.device("cpu")
 
 
 class CannotRun(Exception):
     """Why a network or an input is left to PyTorch."""
 
 
-def _refuse(value: torch.Tensor) -> str | None:
+def _refuse(value: torch.Tensor, device: torch.device) -> str | None:
     if type(value) is not torch.Tensor and type(value) is not nn.Parameter:
         return f"the input is a {type(value).__name__}"
-    if value.device.type != "cpu":
+    if value.device != device:
         return f"the input is on {value.device}"
     if value.layout != torch.strided:
         return f"the input's layout is {value.layout}"
@@ -100,22 +101,24 @@ class ModuleSource:
         self.epochs: dict[tuple[Any, ...], int] = {}
         self.epoch = -1
 
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any], Any]:
+    def bind(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device = _CPU
+    ) -> tuple[Any, list[Any], Any]:
         """A key, the tensors and label maps in order, and the arguments as they will be traced.
 
-        Raises TypeError as the call itself would, CannotRun for arguments that are no tensors or constants.
+        ``device`` is where they have to be. Raises TypeError as the call itself would, CannotRun for arguments that are no tensors or constants.
         """
         self.signature.bind(self.module, *args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors: list[Any] = []
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor):
-                reason = _refuse(leaf)
+                reason = _refuse(leaf, device)
                 if reason is not None:
                     raise CannotRun(reason)
                 tensors.append(leaf)
             elif isinstance(leaf, LabelMap):
-                if leaf.device.type != "cpu":
+                if leaf.device != device:
                     raise CannotRun(f"the labels are on {leaf.device}")
                 tensors.append(leaf)
             elif not isinstance(leaf, _CONSTANTS):
@@ -189,13 +192,15 @@ class GraphSource:
         used = _used_as_parameters(module)
         self.held = [given or node in used for node, given in zip(nodes, parameters, strict=True)]
 
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any], Any]:
+    def bind(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device = _CPU
+    ) -> tuple[Any, list[Any], Any]:
         self.bound = args
         free = []
         for value, held in zip(args, self.held, strict=True):
             if isinstance(value, torch.Tensor):
                 reason = None if type(value) in (torch.Tensor, nn.Parameter) else "a tensor of another class"
-                if value.device.type != "cpu":
+                if value.device != device:
                     reason = f"a tensor is on {value.device}"
                 if reason is not None:
                     raise CannotRun(reason)

@@ -78,9 +78,10 @@ class _Value(fx.Proxy):
         if value is not None:
             if name in ("shape", "dtype", "ndim", "itemsize", "layout", "is_sparse", "is_quantized"):
                 return getattr(value, name)
-            if name == "device":
-                return torch.device("cpu")
-            if name in ("_is_param", "_is_buffer", "is_cuda", "requires_grad", "is_mps", "is_meta"):
+            if name in ("device", "is_cuda"):
+                device: torch.device = self.tracer.device  # type: ignore[attr-defined]
+                return device if name == "device" else device.type == "cuda"
+            if name in ("_is_param", "_is_buffer", "requires_grad", "is_mps", "is_meta"):
                 return False
         return super().__getattr__(name)
 
@@ -144,14 +145,14 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, root: nn.Module, opaque: set[int]) -> None:
+    def __init__(self, root: nn.Module, opaque: set[int], device: torch.device) -> None:
         super().__init__()
-        self.opaque = opaque
+        self.opaque, self.device = opaque, device
         self.evaluator = Evaluator(root)
         self.thread = threading.get_ident()
         self.evaluating = False
         self.failed: nn.Module | None = None
-        self.autocast = torch.is_autocast_enabled("cpu")
+        self.autocast = torch.is_autocast_enabled(device.type)
         self.spec: Any = None
 
     def following(self) -> bool:
@@ -210,7 +211,7 @@ class _Tracer(fx.Tracer):
         return _Value(node, self)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
-        if torch.is_autocast_enabled("cpu") != self.autocast:
+        if torch.is_autocast_enabled(self.device.type) != self.autocast:
             raise Untraceable("its forward switches autocast")
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if kind not in ("placeholder", "output"):
@@ -343,9 +344,11 @@ def trace(module: nn.Module, arguments: Any, dtype: torch.dtype | None) -> Trace
         Untraceable: it cannot be one graph; the message says why.
     """
     opaque: dict[int, str] = {}
+    given = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, (torch.Tensor, LabelMap))]
+    device = given[0].device if given else torch.device("cpu")
     while True:
         watch = _Watch(module)
-        tracer = _Tracer(module, set(opaque))
+        tracer = _Tracer(module, set(opaque), device)
         tracer.call_with(lambda placeholder: _placeholders(arguments, placeholder, dtype))
         failure: Exception | None = None
         graph: Any = None
