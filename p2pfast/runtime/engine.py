@@ -15,7 +15,7 @@ from p2pfast.fuse.graph import ForeignOp, Graph
 from p2pfast.fuse.source import Captured, GraphSource, ModuleSource
 from p2pfast.labelmap import LabelMap
 from p2pfast.runtime.liveness import result_views
-from p2pfast.runtime.plan import Constant, Pack
+from p2pfast.runtime.plan import Constant
 from p2pfast.runtime.versions import Seen
 
 _MOST_PLANS = 64  # kinds of input and states of the module that are remembered
@@ -58,7 +58,7 @@ class Engine:
         self.memory_limit = memory_limit
         self.lock = threading.RLock()
         self.plans: dict[Any, Prepared] = {}
-        self.packs: dict[Any, Pack] = {}
+        self.packs: dict[Any, Any] = {}
         self.last: Any = None
 
     # --- what an engine adds -----------------------------------------------------------------------

@@ -6,9 +6,10 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -30,30 +31,47 @@ class Buffer:
         self.last = max(self.last, step)
 
 
-def place(buffers: list[Buffer]) -> int:
-    """Sets every buffer's offset so that buffers alive together do not overlap; returns the size in bytes.
+class Block(Protocol):
+    """Something of a size that gets a place."""
 
-    Largest first, each at the lowest gap that fits: within a few percent of the lower bound (the most
-    bytes alive at one step) for these networks.
+    bytes: int
+    offset: int
+
+
+AnyBlock = TypeVar("AnyBlock", bound=Block)
+
+
+def place(blocks: Sequence[AnyBlock], together: Callable[[AnyBlock, AnyBlock], bool], alignment: int) -> int:
+    """Sets every block's offset so that blocks in use ``together`` do not overlap; returns the size in bytes.
+
+    Largest first, those of one size in the order given, each at the lowest gap that fits: within a few percent
+    of the lower bound (the most bytes in use at once) for these networks.
     """
-    placed: list[Buffer] = []
+    placed: list[AnyBlock] = []
     size = 0
-    for buffer in sorted(buffers, key=lambda b: (-b.bytes, b.first)):
-        if buffer.last < buffer.first:
-            continue
-        needed = -(-buffer.bytes // ALIGNMENT) * ALIGNMENT
+
+    def rounded(block: AnyBlock) -> int:
+        return -(-block.bytes // alignment) * alignment
+
+    for block in sorted(blocks, key=lambda b: -b.bytes):
         offset = 0
         for other in placed:
-            if other.last < buffer.first or other.first > buffer.last:
+            if offset >= other.offset + rounded(other) or not together(block, other):
                 continue
-            if offset + needed <= other.offset:
+            if offset + rounded(block) <= other.offset:
                 break
-            offset = max(offset, other.offset + -(-other.bytes // ALIGNMENT) * ALIGNMENT)
-        buffer.offset = offset
-        placed.append(buffer)
+            offset = other.offset + rounded(other)
+        block.offset = offset
+        placed.append(block)
         placed.sort(key=lambda b: b.offset)
-        size = max(size, offset + needed)
+        size = max(size, offset + rounded(block))
     return size
+
+
+def place_buffers(buffers: list[Buffer]) -> int:
+    """:func:`place` for buffers that live from one step to another."""
+    used = sorted((b for b in buffers if b.last >= b.first), key=lambda b: b.first)
+    return place(used, lambda a, b: a.last >= b.first and b.last >= a.first, ALIGNMENT)
 
 
 @functools.cache

@@ -33,9 +33,9 @@ from p2pfast.runtime.builder import DTYPES, Address, act_fields, channel_stride
 from p2pfast.runtime.convolutions import Convolutions
 from p2pfast.runtime.label_convolutions import LabelConvolutions
 from p2pfast.runtime.liveness import views_of
-from p2pfast.runtime.memory import Buffer, place
+from p2pfast.runtime.memory import Buffer, place_buffers
 from p2pfast.runtime.plan import Foreign, Outside, Plan, Report, Result, Stored
-from p2pfast.runtime.structure import Pinned, Structure, fill
+from p2pfast.runtime.structure import Pinned, Structure, dense_inputs, fill
 from p2pfast.runtime.tensors import Gathering, Work
 
 
@@ -49,27 +49,15 @@ class Planner(Convolutions, LabelConvolutions):
         for op in self.graph.ops:
             self._lower(op)
         self._finish_results()
-        self._note_dense_inputs()
+        self.plan.dense_inputs = dense_inputs(self.graph)
         self.workspace.first, self.workspace.last = 0, self.step
-        self.plan.arena_bytes = place(self.buffers) + 64
+        self.plan.arena_bytes = place_buffers(self.buffers) + 64
         self.plan.packed_bytes = sum(self.packed_sizes.values()) + sum(t.nbytes for t in self.plan.keep)
         program = _C.Program()
         for build in self.steps:
             build(program)
         self.plan.program = program
         return self.plan
-
-    def _note_dense_inputs(self) -> None:
-        def note(value: Any) -> None:
-            if isinstance(value, Opaque):
-                self.plan.dense_inputs.add(value.node)
-
-        for op in self.graph.ops:
-            if isinstance(op, ImportOp):
-                self.plan.dense_inputs.add(op.node)
-            if isinstance(op, ForeignOp):
-                map_views((op.args, op.kwargs), note)
-        map_views(self.graph.result, note)
 
     def _finish_results(self) -> None:
         written: dict[int, int] = {}

@@ -6,11 +6,19 @@ from typing import Any
 
 import torch
 
-from p2pfast.fuse.graph import Opaque
+from p2pfast.fuse.graph import ForeignOp, Graph, ImportOp, Opaque, map_views
 from p2pfast.runtime.plan import Stored
 
 
-class Pinned:
+class Held:
+    """An argument of an unfused operation that a plan holds."""
+
+    def tensor(self, values: dict[str, Any]) -> torch.Tensor:
+        """The tensor, found with the ``values`` of this run."""
+        raise NotImplementedError
+
+
+class Pinned(Held):
     """An argument of an unfused operation that lives in the arena."""
 
     def __init__(self, stored: Stored, shape: tuple[int, int, int, int]) -> None:
@@ -54,7 +62,7 @@ class Structure:
 
 def fill(value: Any, values: dict[str, Any]) -> Any:
     """Arguments with their tensors in place."""
-    if isinstance(value, Pinned):
+    if isinstance(value, Held):
         return value.tensor(values)
     if isinstance(value, Opaque):
         return values[value.node]
@@ -68,3 +76,20 @@ def fill(value: Any, values: dict[str, Any]) -> Any:
     if isinstance(value, slice):
         return slice(fill(value.start, values), fill(value.stop, values), fill(value.step, values))
     return value
+
+
+def dense_inputs(graph: Graph) -> set[str]:
+    """The inputs and other outside values that something reads as tensors."""
+    found: set[str] = set()
+
+    def note(value: Any) -> None:
+        if isinstance(value, Opaque):
+            found.add(value.node)
+
+    for op in graph.ops:
+        if isinstance(op, ImportOp):
+            found.add(op.node)
+        if isinstance(op, ForeignOp):
+            map_views((op.args, op.kwargs), note)
+    map_views(graph.result, note)
+    return found
