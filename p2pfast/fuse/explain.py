@@ -11,6 +11,8 @@ from torch import nn
 
 from p2pfast.fuse.optimize import Optimized
 from p2pfast.runtime.cpu import CpuEngine
+from p2pfast.runtime.gpu.engine import CudaEngine
+from p2pfast.runtime.gpu.plan import GpuPlan
 from p2pfast.runtime.memory import readable
 from p2pfast.runtime.plan import Plan
 
@@ -26,6 +28,7 @@ class Row:
     gigaflops: float
     megabytes: float
     share: float = 0.0  # of the processor's measured peak in float32
+    reason: str = ""  # why this kernel, where there was a choice
 
 
 @dataclass
@@ -58,7 +61,7 @@ class Explanation:
                 speed = f"{r.gigaflops:8.0f}  {r.share:5.0%}" if r.gigaflops else " " * 15
                 lines.append(
                     f"{r.name:{width}}  {r.kernel:14}  {r.detail:{detail}}  {r.seconds * 1e3:8.2f}  {speed}  "
-                    f"{r.megabytes:7.1f}"
+                    f"{r.megabytes:7.1f}{'  ' if r.reason else ''}{r.reason}"
                 )
             lines.append(f"native steps: {self.seconds * 1e3:.1f} ms")
         if self.memory:
@@ -72,6 +75,8 @@ class Explanation:
 
 def explain(model: nn.Module) -> Explanation:
     """What ran in the last call of an optimised network.
+
+    On a GPU the steps are timed now, one after the other, on whatever the last call left in memory.
 
     GFLOP/s counts the operations really done (minimal filtering needs fewer than the convolution's
     definition), and peak is their share of what a large matrix product reaches on this processor with the
@@ -91,6 +96,23 @@ def _explain(model: nn.Module, prefix: str) -> Explanation:
         found.note = f"runs in PyTorch: {state.reason}"
     elif state.engine is None or state.engine.last is None:
         found.note = "not run yet: call the network once, then explain it"
+    elif isinstance(state.engine, CudaEngine):
+        plan, graph, _ = state.engine.last
+        for report, spent in zip(plan.reports, state.engine.seconds(), strict=True):
+            speed = 2e-9 * report.multiplications / spent if spent and report.multiplications else 0.0
+            found.rows.append(
+                Row(
+                    prefix + report.name,
+                    report.kernel,
+                    report.detail,
+                    spent,
+                    speed,
+                    report.bytes / 1e6,
+                    reason=report.reason,
+                )
+            )
+        found.unfused += [(prefix + name, reason) for name, reason in graph.notes]
+        found.memory = f"{_memory(state.engine, plan)}; {state.engine.how()}"
     else:
         plan, graph, seconds = state.engine.last
         for index, report in enumerate(plan.reports):
@@ -127,7 +149,7 @@ def peak_gigaflops(threads: int) -> float:
     return 2e-9 * side**3 / best
 
 
-def _memory(engine: CpuEngine, plan: Plan) -> str:
+def _memory(engine: CpuEngine | CudaEngine, plan: Plan | GpuPlan) -> str:
     peak = plan.arena_bytes + plan.packed_bytes + plan.outside_bytes
     parts = [
         f"intermediate tensors {readable(plan.arena_bytes)}",
@@ -135,5 +157,6 @@ def _memory(engine: CpuEngine, plan: Plan) -> str:
         f"parameters, inputs and results {readable(plan.outside_bytes)}",
     ]
     limit = "no limit" if engine.memory_limit is None else f"limit {readable(engine.memory_limit)}"
-    bands = f"up to {plan.bands} bands" if plan.bands else "no bands"
-    return f"memory: {', '.join(parts)}: at most {readable(peak)} ({limit}, {bands})"
+    if isinstance(plan, Plan):
+        limit += f", up to {plan.bands} bands" if plan.bands else ", no bands"
+    return f"memory: {', '.join(parts)}: at most {readable(peak)} ({limit})"

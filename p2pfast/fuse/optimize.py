@@ -15,12 +15,16 @@ from torch.utils import _pytree as pytree
 from p2pfast.fuse.source import CannotFollow, CannotRun, ModuleSource
 from p2pfast.labelmap import LabelMap
 from p2pfast.runtime.cpu import STORED, CpuEngine
+from p2pfast.runtime.gpu import engine as gpu
+from p2pfast.runtime.gpu import require
 from p2pfast.runtime.memory import OutOfMemory
 
 _TRACKER = "please report it with the network to p2pfast's issue tracker"
 _MODES = ("inference", "train")
 _BACKENDS = ("auto", "cpu", "cuda", "reference")
 _ACCURACIES = ("default", "fast")
+
+AnyEngine = CpuEngine | gpu.CudaEngine
 
 
 def _clone(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
@@ -119,15 +123,13 @@ class _State:
         self.plain.__dict__ = module.__dict__
         self.reason: str | None = None
         self.failed: set[str] = set()
-        self.engines: dict[tuple[torch.dtype, torch.dtype], CpuEngine] = {}
-        self.engine: CpuEngine | None = None  # of the last call
+        self.engines: dict[tuple[torch.dtype, torch.dtype, torch.device], AnyEngine] = {}
+        self.engine: AnyEngine | None = None  # of the last call
         self.pieces: dict[str, tuple[nn.Module, str]] = {}
         self.source: ModuleSource | None = None
         self.never: str | None = None
         if options["backend"] == "reference":
             self.never = "backend='reference'"
-        elif options["backend"] == "cuda":
-            self.never = "backend='cuda': there are no fused GPU kernels yet"
         elif options["mode"] == "train":
             self.never = "mode='train': the fused backward pass is not there yet, training runs in PyTorch"
         self.reason = self.never
@@ -138,33 +140,74 @@ class _State:
     def _parameter(self) -> torch.Tensor | None:
         return next((p for p in self.plain.parameters() if p.is_floating_point()), None)
 
-    def _engine(self) -> CpuEngine:
-        """The engine for the parameters' present dtype and device; raises CannotRun."""
+    def _engine(self) -> AnyEngine:
+        """The engine for the parameters' present dtype and device.
+
+        Raises CannotRun, and CannotUseGpu where a GPU is asked for that cannot be used.
+        """
         if self.never is not None:
             raise CannotRun(self.never)
         parameter = self._parameter()
-        if parameter is not None and parameter.device.type != "cpu":
-            raise CannotRun("the network is not on the CPU, and only the CPU has fused kernels yet")
+        device = torch.device("cpu") if parameter is None else parameter.device
+        self._check_device(device)
         native = torch.float32 if parameter is None else parameter.dtype
         dtype = self.options["dtype"] or native
-        if torch.is_autocast_enabled("cpu") and self.options["dtype"] is None:
-            dtype = torch.get_autocast_dtype("cpu")
-        if dtype not in STORED or native not in STORED:
-            wrong = native if native not in STORED else dtype
-            raise CannotRun(f"dtype {wrong} has no native kernels; choose torch.float32 or torch.bfloat16")
+        if torch.is_autocast_enabled(device.type) and self.options["dtype"] is None:
+            dtype = torch.get_autocast_dtype(device.type)
+        on_gpu = self._on_gpu(device)
+        stored = gpu.STORED if on_gpu else STORED
+        if dtype not in stored or native not in stored:
+            wrong = native if native not in stored else dtype
+            known = " or ".join(str(d) for d in stored)
+            raise CannotRun(f"dtype {wrong} has no native kernels; choose {known}")
         if self.source is None:
             self.source = ModuleSource(self.plain)
-        if (dtype, native) not in self.engines:
-            self.engines[dtype, native] = CpuEngine(
-                self.source,
-                dtype,
-                native,
-                self.packed_limit,
-                self._add_piece,
-                self.memory_limit,
-                self.options["accuracy"],
+        key = (dtype, native, device)
+        if key not in self.engines:
+            if on_gpu:
+                tests = gpu.on_cpu if device.type == "cpu" else None
+                self.engines[key] = gpu.CudaEngine(
+                    self.source, dtype, native, device, self._add_piece, self.memory_limit, **(tests or {})
+                )
+            else:
+                self.engines[key] = CpuEngine(
+                    self.source,
+                    dtype,
+                    native,
+                    self.packed_limit,
+                    self._add_piece,
+                    self.memory_limit,
+                    self.options["accuracy"],
+                )
+        return self.engines[key]
+
+    def _on_gpu(self, device: torch.device) -> bool:
+        asked = self.options["backend"] == "cuda" and gpu.on_cpu is not None
+        return device.type == "cuda" or asked
+
+    def _check_device(self, device: torch.device) -> None:
+        """Whether the backend that was asked for can run a network on ``device``."""
+        backend = self.options["backend"]
+        if backend == "cuda" and not self._on_gpu(device):
+            missing = require.device_reason()
+            where = f"the network is on {device}: move it and its inputs with .cuda()"
+            raise require.CannotUseGpu(f"backend='cuda': {missing or where}")
+        if device.type == "cpu":
+            return
+        if device.type != "cuda" or backend == "cpu":
+            remedy = "move it to the CPU or a CUDA device" if device.type != "cuda" else "move it with .cpu()"
+            raise CannotRun(f"the network is on {device} and backend is {backend!r}; {remedy}")
+        missing = require.kernels_reason(device)
+        if missing is None:
+            return
+        if backend == "cuda":
+            raise require.CannotUseGpu(f"backend='cuda': {missing}")
+        if missing not in self.failed:
+            self.failed.add(missing)
+            warnings.warn(
+                f"p2pfast leaves {type(self.plain).__name__} to PyTorch: {missing}", RuntimeWarning, stacklevel=5
             )
-        return self.engines[dtype, native]
+        raise CannotRun(missing)
 
     def _add_piece(self, path: str, module: nn.Module, reason: str) -> None:
         """A submodule that runs whole gets an engine of its own, and calls it where it is called."""
@@ -200,8 +243,8 @@ class _State:
         except CannotRun as why:
             self.reason = str(why)
             return self._original(args, kwargs)
-        except OutOfMemory:
-            raise  # PyTorch would need more
+        except (OutOfMemory, require.CannotUseGpu):
+            raise  # PyTorch would need more memory; and what was asked for is not there
         except Exception as error:
             return self._recover(error, args, kwargs)
 
@@ -260,10 +303,12 @@ def optimize(
     Args:
         model: any module; it is not modified. Inputs are what it takes, and a label-map input may be a
             :class:`p2pfast.LabelMap` instead of the dense tensor.
-        dtype: precision of stored intermediate tensors and of the result, ``torch.float32`` or
-            ``torch.bfloat16``; None keeps the parameters' own. Accumulation is always in float32.
+        dtype: precision of stored intermediate tensors and of the result, ``torch.float32``,
+            ``torch.bfloat16`` or, on CUDA devices, ``torch.float16``; None keeps the parameters' own.
+            Accumulation is always in float32.
         mode: ``"inference"`` runs without gradients; ``"train"`` keeps them.
-        backend: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"reference"`` (the module itself, to compare with).
+        backend: ``"auto"`` runs where the parameters are, and in PyTorch, with a warning, on a GPU that cannot
+            be used; ``"cpu"`` and ``"cuda"`` insist; ``"reference"`` is the module itself, to compare with.
         accuracy: ``"fast"`` lets a bfloat16 network keep the weights of large Winograd tiles in bfloat16 too:
             less memory and traffic, about 4 dB less exact than the default.
         memory_limit: bytes (or ``"4GB"``, ``"512MB"``) for everything a call needs: parameters, inputs,
@@ -277,7 +322,9 @@ def optimize(
 
     Raises:
         TypeError: ``model`` is not a module. ValueError: an option has an unknown value.
-        Calls raise :class:`p2pfast.runtime.memory.OutOfMemory`, a MemoryError, where even bands do not fit.
+        Calls raise :class:`p2pfast.runtime.memory.OutOfMemory`, a MemoryError, where even bands do not fit (on
+        a GPU: where there is not enough memory), and :class:`p2pfast.runtime.gpu.require.CannotUseGpu`, a
+        RuntimeError, where ``backend="cuda"`` cannot be had or an input is on another device than the network.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; optimize takes a torch.nn.Module")
@@ -288,8 +335,14 @@ def optimize(
     ):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; choose one of {', '.join(known)}")
-    if dtype is not None and dtype not in STORED:
-        raise ValueError(f"dtype is {dtype}; choose torch.float32, torch.bfloat16 or None")
+    if dtype is not None and dtype not in gpu.STORED:
+        raise ValueError(f"dtype is {dtype}; choose torch.float32, torch.bfloat16, torch.float16 or None")
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    if dtype == torch.float16 and on_cpu and backend != "cuda":
+        raise ValueError(
+            "dtype is torch.float16 and the network on the CPU: move it to a CUDA device first, or choose "
+            "torch.float32 or torch.bfloat16"
+        )
     options = {
         "dtype": dtype,
         "mode": mode,

@@ -23,6 +23,9 @@ from p2pfast.runtime.versions import Seen
 
 STORED = (torch.float32, torch.bfloat16, torch.float16)
 STREAMS = "P2PFAST_STREAMS"
+
+# Set by tests: arguments of CudaEngine for networks on the CPU, which then take backend="cuda".
+on_cpu: dict[str, Any] | None = None
 _DEFAULT_STREAMS = 2
 
 
@@ -126,7 +129,7 @@ class CudaEngine(Engine):
         except torch.OutOfMemoryError as error:
             raise out_of_memory("memory for a run", self.device) from error
         finally:
-            frame.values, frame.results = {}, []
+            frame.release()
             with self.lock:
                 self.idle.setdefault(id(plan), []).append(frame)
 

@@ -97,8 +97,13 @@ class Frame:
             self._phase(BEFORE)
             self._during(stream)
             self._phase(AFTER)
-            self.done.record(stream)
         self.runs += 1
+
+    def release(self) -> None:
+        """Marks the end of a call on the current stream; the next one, on whatever stream, waits for it."""
+        self.values, self.results = {}, []
+        if self.device.type == "cuda":
+            self.done.record(torch.cuda.current_stream(self.device))
 
     def _during(self, stream: Any) -> None:
         # The first run compiles kernels and lets libraries choose theirs, which a capture must not see.

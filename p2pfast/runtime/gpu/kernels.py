@@ -109,3 +109,10 @@ class Kernels(Protocol):
 
     def edges(self, instances: Tensor, out: Tensor) -> None:
         """(N, H, W) ids to uint8 borders."""
+
+
+def triton_kernels() -> Kernels:
+    """The fused kernels. Raises RuntimeError with the remedy where Triton is missing."""
+    from p2pfast.runtime.gpu.fused import FusedKernels
+
+    return FusedKernels()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from p2pfast.ops.gpu import MINIMUM_CAPABILITY, triton_reason
+from p2pfast.ops.gpu.support import MINIMUM_CAPABILITY, triton_reason
 
 
 class CannotUseGpu(RuntimeError):
