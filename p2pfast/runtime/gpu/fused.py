@@ -1,0 +1,150 @@
+"""The fused kernels: Triton's for convolutions and normalisation, CUDA C++ for label maps.
+
+On CPU tensors (Triton's interpreter, for tests) label maps take the CPU's kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from p2pfast.ops.conv import triton as convolutions
+from p2pfast.ops.gpu import on_device
+from p2pfast.ops.instance_edges.op import instance_edges
+from p2pfast.ops.label_conv.op import label_conv
+from p2pfast.ops.norm import triton as norms
+from p2pfast.runtime.gpu.kernels import Operand, Window
+
+
+def _image(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+class FusedKernels:
+    """See :class:`p2pfast.runtime.gpu.kernels.Kernels`."""
+
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return norms.statistics(_image(x))
+
+    def merge(
+        self,
+        partial: Tensor,
+        count: Tensor,
+        over_batch: bool,
+        eps: float,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        scale, shift, mean, variance = norms.merge(partial, count, over_batch, eps, weight, bias)
+        return (scale, shift, mean[None], variance[None]) if over_batch else (scale, shift, mean, variance)
+
+    def apply(
+        self,
+        x: Operand,
+        out: Tensor,
+        residual: Operand | None,
+        act: str,
+        slope: float,
+        pad: tuple[int, int, int, int],
+        pad_mode: str,
+    ) -> None:
+        r = Operand(x.tensor) if residual is None else residual
+        arguments = {
+            "x": _image(x.tensor),
+            "scale": x.scale,
+            "shift": x.shift,
+            "act": act,
+            "slope": slope,
+            "residual": None if residual is None else _image(r.tensor),
+            "residual_scale": r.scale,
+            "residual_shift": r.shift,
+            "out": _image(out),
+            "pad": pad,
+            "input_act": x.act,
+            "input_slope": x.slope,
+            "residual_act": r.act,
+            "residual_slope": r.slope,
+        }
+        if not any(pad):
+            norms.apply(**arguments, pad_mode="zeros")
+            return
+        # Written row by row, so that operands inside a border are read in place.
+        with on_device(out):
+            norms.apply_launch(**arguments, pad_mode=pad_mode).run()
+
+    def pack(self, weight: Tensor, dtype: torch.dtype, window: Window, sources: tuple[int, ...]) -> Any:
+        padding = window.padding if window.transposed else (0, 0)
+        return convolutions.pack(
+            weight, window.transposed, dtype, stride=window.stride, padding=padding, channels=sources
+        )
+
+    def parts(self, packed: Any, x: Tensor, out: Tensor) -> int:
+        config = convolutions.default_config(packed, x, out)
+        return convolutions.parts(packed, out.shape[1], out.shape[2], config)
+
+    def conv(
+        self,
+        sources: list[Operand],
+        packed: Any,
+        bias: Tensor | None,
+        out: Tensor,
+        window: Window,
+        act: str,
+        slope: float,
+        partial: Tensor | None,
+        count: Tensor | None,
+    ) -> None:
+        convolutions.conv(
+            [convolutions.Source(s.tensor, s.scale, s.shift, s.act, s.slope) for s in sources],
+            packed,
+            bias,
+            out,
+            stride=window.stride,
+            padding=window.padding,
+            pad_mode=window.pad_mode,
+            act=act,
+            slope=slope,
+            partial=partial,
+            count=count,
+        )
+
+    # --- label maps --------------------------------------------------------------------------------
+
+    def label_parts(self, shape: dict[str, Any]) -> int:
+        return 0
+
+    def label_scratch(self, shape: dict[str, Any]) -> int:
+        return 0
+
+    def label_pack(self, shape: dict[str, Any], weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.cat([weight.reshape(-1), weight.new_zeros(shape["cout"]) if bias is None else bias])
+
+    def label_conv(
+        self,
+        shape: dict[str, Any],
+        labels: Tensor,
+        edges: Tensor | None,
+        packed: Tensor,
+        scratch: Tensor | None,
+        out: Tensor,
+        partial: Tensor | None,
+        count: Tensor | None,
+    ) -> None:
+        cout, kernel = shape["cout"], shape["kernel"]
+        weight = packed[:-cout].reshape(cout, -1, kernel, kernel)
+        made = label_conv(
+            labels,
+            edges,
+            weight,
+            packed[-cout:],
+            shape["classes"],
+            shape["pool_levels"],
+            "reflect" if shape["reflect"] else "zeros",
+            torch.float32,
+        )
+        _image(out).copy_(made)
+
+    def edges(self, instances: Tensor, out: Tensor) -> None:
+        out.copy_(instance_edges(instances))
