@@ -205,7 +205,9 @@ class _State:
         if missing not in self.failed:
             self.failed.add(missing)
             warnings.warn(
-                f"p2pfast leaves {type(self.plain).__name__} to PyTorch: {missing}", RuntimeWarning, stacklevel=5
+                f"p2pfast leaves {type(self.plain).__name__} to PyTorch: {missing}",
+                RuntimeWarning,
+                stacklevel=5,
             )
         raise CannotRun(missing)
 
@@ -307,8 +309,9 @@ def optimize(
             ``torch.bfloat16`` or, on CUDA devices, ``torch.float16``; None keeps the parameters' own.
             Accumulation is always in float32.
         mode: ``"inference"`` runs without gradients; ``"train"`` keeps them.
-        backend: ``"auto"`` runs where the parameters are, and in PyTorch, with a warning, on a GPU that cannot
-            be used; ``"cpu"`` and ``"cuda"`` insist; ``"reference"`` is the module itself, to compare with.
+        backend: ``"auto"`` runs where the parameters are, and in PyTorch, with a warning, on a GPU that
+            cannot be used; ``"cpu"`` and ``"cuda"`` insist; ``"reference"`` is the module itself, to compare
+            with.
         accuracy: ``"fast"`` lets a bfloat16 network keep the weights of large Winograd tiles in bfloat16 too:
             less memory and traffic, about 4 dB less exact than the default.
         memory_limit: bytes (or ``"4GB"``, ``"512MB"``) for everything a call needs: parameters, inputs,
@@ -322,9 +325,10 @@ def optimize(
 
     Raises:
         TypeError: ``model`` is not a module. ValueError: an option has an unknown value.
-        Calls raise :class:`p2pfast.runtime.memory.OutOfMemory`, a MemoryError, where even bands do not fit (on
-        a GPU: where there is not enough memory), and :class:`p2pfast.runtime.gpu.require.CannotUseGpu`, a
-        RuntimeError, where ``backend="cuda"`` cannot be had or an input is on another device than the network.
+        Calls raise :class:`p2pfast.runtime.memory.OutOfMemory`, a MemoryError, where there is not enough
+        memory (on a CPU: even in bands), and :class:`p2pfast.runtime.gpu.require.CannotUseGpu`, a
+        RuntimeError, where ``backend="cuda"`` cannot be had or an input is on another device than a network
+        on a GPU.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; optimize takes a torch.nn.Module")

@@ -106,7 +106,8 @@ class ModuleSource:
     ) -> tuple[Any, list[Any], Any]:
         """A key, the tensors and label maps in order, and the arguments as they will be traced.
 
-        ``device`` is where they have to be. Raises TypeError as the call itself would, CannotRun for arguments that are no tensors or constants.
+        ``device`` is where they have to be. Raises TypeError as the call itself would, CannotRun for
+        arguments that are no tensors or constants.
         """
         self.signature.bind(self.module, *args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))

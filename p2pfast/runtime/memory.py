@@ -44,8 +44,8 @@ AnyBlock = TypeVar("AnyBlock", bound=Block)
 def place(blocks: Sequence[AnyBlock], together: Callable[[AnyBlock, AnyBlock], bool], alignment: int) -> int:
     """Sets every block's offset so that blocks in use ``together`` do not overlap; returns the size in bytes.
 
-    Largest first, those of one size in the order given, each at the lowest gap that fits: within a few percent
-    of the lower bound (the most bytes in use at once) for these networks.
+    Largest first, those of one size in the order given, each at the lowest gap that fits: within a few
+    percent of the lower bound (the most bytes in use at once) for these networks.
     """
     placed: list[AnyBlock] = []
     size = 0

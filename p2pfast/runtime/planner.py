@@ -23,7 +23,6 @@ from p2pfast.fuse.graph import (
     ImportOp,
     LabelConvOp,
     Op,
-    Opaque,
     PoolOp,
     View,
     map_views,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 
 import pytest
 import torch
@@ -43,11 +42,42 @@ def check(net: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, given:
         assert relative(f, e) < (3e-5 if dtype == torch.float32 else max(2 * relative(g, e), 0.02))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "name",
-    ["resnet", "unet-batch", "multiscale-features", "global-affine", "local-zero", "pixel", "encoder-batch"],
+    ("name", "dtype"),
+    [
+        ("resnet", torch.float32),
+        ("unet-batch", torch.bfloat16),
+        ("multiscale-features", torch.float32),
+        ("pixel", torch.float16),
+    ],
 )
 def test_networks(name: str, dtype: torch.dtype) -> None:
     net, inputs = make(name)
     check(net.train(), tuple(x[:1] for x in inputs) if name != "unet-batch" else inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flagship(dtype: torch.dtype) -> None:
+    """The published 2048x1024 network, narrow, from a label map with instances."""
+    net = models.build("pix2pixhd-local", ngf=2, input_nc=6)
+    seed_weights(net)
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 5, (1, 1, 8, 16), generator=generator)
+    labels = blocks.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    instances = torch.arange(8).reshape(1, 1, 2, 4).repeat_interleave(32, 2).repeat_interleave(32, 3)
+    given = p2pfast.LabelMap(labels, instances, num_classes=5)
+    check(net, (given.dense(),), dtype, given)
+
+
+def test_forms_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The three ways to feed a convolution, on one network with every kind of border."""
+    net = models.GlobalGenerator(3, 3, 4, 2, 2, INSTANCE)
+    seed_weights(net)
+    x = torch.randn(1, 3, 16, 24)
+    expected = net(x).detach()
+    for form in ("prologue", "applied", "library"):
+        monkeypatch.setattr(engine, "on_cpu", {"frame": ShuffledFrame, "form": form})
+        fast = p2pfast.optimize(net, backend="cuda")
+        assert relative(fast(x), expected) < 3e-5, form
+        kinds = {row.kernel for row in p2pfast.explain(fast).rows}
+        assert {"prologue": "conv", "applied": "conv, applied", "library": "library"}[form] in kinds

@@ -40,9 +40,9 @@ def streams_wanted() -> int:
 class CudaEngine(Engine):
     """Fused execution of ``source`` on ``device``; see :class:`p2pfast.runtime.engine.Engine`.
 
-    ``kernels`` (by default Triton's and the native ones), ``frame`` and ``form`` are for tests, which run plans
-    on CPU tensors in Triton's interpreter or in plain PyTorch, in other orders, and with one form for all
-    convolutions.
+    ``kernels`` (by default Triton's and the native ones), ``frame`` and ``form`` are for tests, which run
+    plans on CPU tensors in Triton's interpreter or in plain PyTorch, in other orders, and with one form for
+    all convolutions.
     """
 
     stored = STORED
@@ -100,8 +100,8 @@ class CudaEngine(Engine):
                 f"memory_limit is {readable(self.memory_limit)} and this input needs {readable(needed)} on "
                 f"{self.device} ({readable(taken)} for parameters, inputs and results, "
                 f"{readable(plan.packed_bytes)} for packed weights, {readable(plan.arena_bytes)} for "
-                "intermediate tensors); raise the limit, take a smaller image or batch, dtype=torch.bfloat16, "
-                "or the CPU, where tensors can be computed in bands"
+                "intermediate tensors); raise the limit, take a smaller image or batch, "
+                "dtype=torch.bfloat16, or the CPU, where tensors can be computed in bands"
             )
         return plan
 
@@ -180,13 +180,12 @@ class CudaEngine(Engine):
         """Seconds of every row of the last plan, measured step by step now; zeros where there is no clock."""
         if self.last is None or self.last[2] is None:
             return [0.0] * (len(self.last[0].reports) if self.last else 0)
-        plan, _, frame = self.last
+        plan, _, last = self.last
         with self.lock:
-            mine = frame in self.idle.get(id(plan), [])
-            if mine:
-                self.idle[id(plan)].remove(frame)
-        if not mine:
-            return [0.0] * len(plan.reports)  # another call is using it
+            idle = self.idle.get(id(plan), [])
+            if last not in idle:
+                return [0.0] * len(plan.reports)  # another call is using it
+            frame = idle.pop(idle.index(last))
         try:
             return frame.seconds()
         finally:

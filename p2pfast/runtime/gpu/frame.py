@@ -161,8 +161,8 @@ class Frame:
     # --- measuring ---------------------------------------------------------------------------------
 
     def seconds(self) -> list[float]:
-        """Seconds of every row of ``explain``, one step after the other on whatever the arena holds. Zeros for a
-        plan with unfused operations, which could not run again."""
+        """Seconds of every row of ``explain``, one step after the other on whatever the arena holds.
+        Zeros for a plan with unfused operations, which could not run again."""
         plan = self.plan
         spent = [0.0] * len(plan.reports)
         if self.device.type != "cuda" or plan.obstacles:

@@ -51,7 +51,7 @@ class FusedKernels:
         pad_mode: str,
     ) -> None:
         r = Operand(x.tensor) if residual is None else residual
-        arguments = {
+        arguments: dict[str, Any] = {
             "x": _image(x.tensor),
             "scale": x.scale,
             "shift": x.shift,

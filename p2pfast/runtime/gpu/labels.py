@@ -9,7 +9,7 @@ import torch
 from p2pfast.fuse.graph import LabelConvOp
 from p2pfast.runtime.gpu.convolutions import Convolutions
 from p2pfast.runtime.gpu.frame import Frame
-from p2pfast.runtime.gpu.plan import BEFORE, Place, Report
+from p2pfast.runtime.gpu.plan import BEFORE, Memory, Place, Report
 from p2pfast.runtime.gpu.tensors import Stored
 from p2pfast.runtime.label_convolutions import label_shape
 
@@ -33,11 +33,12 @@ class LabelConvolutions(Convolutions):
         self.stored[op.out] = Stored(out)
         kernels = self.kernels
         taps = module.kernel_size[0] * module.kernel_size[1]
+        size = f"{module.kernel_size[0]}×{module.kernel_size[1]}"
         self._report(
             Report(
                 op.name,
                 "label_conv",
-                f"{labels.num_channels}→{c} {module.kernel_size[0]}×{module.kernel_size[1]} from labels @{h}×{w}",
+                f"{labels.num_channels}→{c} {size} from labels @{h}×{w}",
                 "the one-hot tensor is never made",
                 float(n * h * w * taps * c),
                 float(out.bytes + ids.bytes),
@@ -56,15 +57,15 @@ class LabelConvolutions(Convolutions):
         parts = kernels.label_parts(shape) if statistics else 0
         partial = count = None
         reads = (ids.memory,) if edges is None else (ids.memory, edges.memory)
-        writes = (out.memory,)
+        writes: tuple[Memory, ...] = (out.memory,)
         if parts:
             partial = self._place((n, parts, 2, c), "partial", torch.float32)
             count = self._place((parts,), "count", torch.float32)
             writes += (partial.memory, count.memory)
-        size = kernels.label_scratch(shape)
+        work = kernels.label_scratch(shape)
         scratch = None
-        if size:
-            scratch = self._place((size,), "scratch", torch.uint8)
+        if work:
+            scratch = self._place((work,), "scratch", torch.uint8)
             writes += (scratch.memory,)
 
         def run(frame: Frame) -> None:

@@ -203,7 +203,11 @@ class Lowering(LabelConvolutions):
             frame.image(place).copy_(F.dropout(frame.image(source).contiguous(), rate, True))
 
         self._step(
-            op.name, run, (source.memory,), (place.memory,), obstacle="dropout draws random numbers in each run"
+            op.name,
+            run,
+            (source.memory,),
+            (place.memory,),
+            obstacle="dropout draws random numbers in each run",
         )
 
     def _pool(self, op: PoolOp) -> None:

@@ -84,9 +84,9 @@ def _measure(kind: str, layer: Layer, window: Window, statistics: bool, of: Tens
     kernels, device, dtype = of.kernels, of.device, of.dtype
     n, c, h, w = layer.images, layer.channels, layer.height, layer.width
     shape = (n, layer.out_channels, layer.out_height, layer.out_width)
-    made = {"dtype": dtype, "device": device}
+    made: dict[str, Any] = {"dtype": dtype, "device": device}
     x = torch.randn(n, h, w, c, **made)
-    factors = torch.ones(2, n, c, device=device) if layer.pending else [None, None]
+    factors: Any = torch.ones(2, n, c, device=device) if layer.pending else [None, None]
     act = "relu" if layer.pending else "none"
     pending = Operand(x, factors[0], factors[1], act)
     out = torch.empty(n, layer.out_height, layer.out_width, layer.out_channels, **made)

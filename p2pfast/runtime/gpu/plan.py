@@ -147,7 +147,7 @@ class GpuPlan:
 
 @dataclass
 class Weights:
-    """Packed weights of a convolution, one copy for all plans of a network; ``packed.data`` keeps its place."""
+    """Packed weights of a convolution, for all plans of a network; ``packed.data`` keeps its place."""
 
     packed: Any
     constant: Constant

@@ -53,8 +53,9 @@ class Stored:
 class Tensors:
     """State of lowering one graph for a device.
 
-    ``modules`` maps paths to modules, ``inputs`` placeholders to example values, and ``packs`` holds the packed
-    weights of all plans of the network. ``forced`` is the form that every convolution takes, for tests.
+    ``modules`` maps paths to modules, ``inputs`` placeholders to example values, and ``packs`` holds packed
+    weights of all plans of the network. ``forced`` is the form that every convolution takes, for tests;
+    ``measured`` says that forms are timed on the device.
     """
 
     graph: Graph
