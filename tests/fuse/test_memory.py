@@ -5,13 +5,13 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pfast.runtime.memory import Buffer, place
+from p2pfast.runtime.memory import Buffer, place_buffers
 
 
 @given(st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 20), st.integers(0, 20)), max_size=40))
 def test_no_overlap(spans: list[tuple[int, int, int]]) -> None:
     buffers = [Buffer(size, 0, min(a, b), max(a, b)) for size, a, b in spans]
-    total = place(buffers)
+    total = place_buffers(buffers)
     for i, x in enumerate(buffers):
         assert x.offset % 64 == 0 and x.offset + x.bytes <= total
         for y in buffers[:i]:
