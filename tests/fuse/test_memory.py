@@ -21,4 +21,4 @@ def test_no_overlap(spans: list[tuple[int, int, int]]) -> None:
 
 def test_a_chain_needs_two_buffers() -> None:
     chain = [Buffer(6400, 0, i, i + 1) for i in range(10)]
-    assert place(chain) == 12800
+    assert place_buffers(chain) == 12800
