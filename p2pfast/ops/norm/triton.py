@@ -219,14 +219,14 @@ def _fold_kernel(mean, variance, weight, bias, out, channels, instances, eps, CB
 
 @triton.jit
 def _apply_kernel(
-    x, scale, shift, residual, residual_scale, residual_shift, out,
+    x, center, scale, shift, residual, residual_scale, residual_shift, out,
     columns, height, width, channels, top, left,
     x_image, x_row, x_stride, residual_image, residual_row, residual_stride, out_image, out_row, out_stride,
     norm_stride, residual_norm_stride, input_slope, residual_slope, slope,
     INPUT_ACT: tl.constexpr, RESIDUAL_ACT: tl.constexpr, ACT: tl.constexpr, PAD: tl.constexpr,
     BP: tl.constexpr, CB: tl.constexpr, PLANES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """act(input_act(scale x + shift) + residual_act(residual_scale residual + residual_shift)).
+    """act(input_act(scale (x - center) + shift) + residual_act(residual_scale residual + residual_shift)).
 
     A program writes BP columns of a row of the output; without padding, and where every tensor's pixels are
     evenly spaced, an image is one row of all its pixels.
@@ -262,8 +262,13 @@ def _apply_kernel(
             source_row = clamped(source_row, height)
             column = clamped(column, width)
     base = tile_base(x, image, x_image, start, x_stride, PLANES) + source_row.to(tl.int64) * x_row
-    v = _load(base + tile_offsets(column, channel, x_stride, PLANES), read).to(tl.float32)
-    if scale is not None:
+    v = load(base + tile_offsets(column, channel, x_stride, PLANES), read).to(tl.float32)
+    if center is not None:
+        v -= tl.load(center + image * norm_stride + channel, mask=there, other=0.0)[None, :]
+        v *= tl.load(scale + image * norm_stride + channel, mask=there, other=0.0)[None, :]
+        if shift is not None:
+            v += tl.load(shift + channel, mask=there, other=0.0)[None, :]
+    elif scale is not None:
         s = tl.load(scale + image * norm_stride + channel, mask=there, other=0.0)
         t = tl.load(shift + image * norm_stride + channel, mask=there, other=0.0)
         v = v * s[None, :] + t[None, :]
@@ -271,7 +276,7 @@ def _apply_kernel(
     if residual is not None:
         base = tile_base(residual, image, residual_image, start, residual_stride, PLANES)
         base += source_row.to(tl.int64) * residual_row
-        r = _load(base + tile_offsets(column, channel, residual_stride, PLANES), read).to(tl.float32)
+        r = load(base + tile_offsets(column, channel, residual_stride, PLANES), read).to(tl.float32)
         if residual_scale is not None:
             s = tl.load(residual_scale + image * residual_norm_stride + channel, mask=there, other=0.0)
             t = tl.load(residual_shift + image * residual_norm_stride + channel, mask=there, other=0.0)
@@ -285,7 +290,7 @@ def _apply_kernel(
 
 
 @triton.jit
-def _load(pointers, mask):
+def load(pointers, mask):
     if mask is None:
         return tl.load(pointers)
     else:
@@ -320,31 +325,29 @@ def _map_kernel(
     else:
         mask = (row < values)[:, None] & there[None, :]
     at = map_offsets(row, channel, pixels, x_image, x_stride, PLANES, OVER_BATCH)
-    x += image * x_image
-    # Shifted by the first value, which leaves nothing to lose where the mean is many deviations.
-    k = tl.load(x + channel_offsets(channel, x_stride, PLANES), mask=there, other=0.0).to(tl.float32)
-    d = _load(x + at, mask).to(tl.float32) - k[None, :]
-    if not EVEN:
-        d = tl.where(mask, d, 0.0)
+    v = load(x + image * x_image + at, mask).to(tl.float32)
     n = values.to(tl.float32)
-    center = tl.sum(d, 0) / n
-    d -= center[None, :]
+    center = tl.sum(v, 0) / n
+    d = v - center[None, :]
     if not EVEN:
         d = tl.where(mask, d, 0.0)
-    variance = tl.sum(d * d, 0) / n
+    # What rounding left in the mean of large numbers: d has lost nothing, and is not rounded again.
+    rest = tl.sum(d, 0) / n
+    variance = tl.maximum(tl.sum(d * d, 0) / n - rest * rest, 0.0)
     scale = 1.0 / tl.sqrt(variance + eps)
     if weight is not None:
         scale *= tl.load(weight + channel, mask=there, other=0.0)
-    v = d * scale[None, :]
+    shift = -rest * scale
     if bias is not None:
-        v += tl.load(bias + channel, mask=there, other=0.0)[None, :]
+        shift += tl.load(bias + channel, mask=there, other=0.0)
+    v = d * scale[None, :] + shift[None, :]
     if residual is not None:
         at = map_offsets(row, channel, pixels, residual_image, residual_stride, PLANES, OVER_BATCH)
-        v += _load(residual + image * residual_image + at, mask).to(tl.float32)
+        v += load(residual + image * residual_image + at, mask).to(tl.float32)
     at = map_offsets(row, channel, pixels, out_image, out_stride, PLANES, OVER_BATCH)
     store(out + image * out_image + at, activate(v, ACT, slope), mask)
     if mean_out is not None:
-        tl.store(mean_out + image * channels + channel, k + center, mask=there)
+        tl.store(mean_out + image * channels + channel, center + rest, mask=there)
         tl.store(variance_out + image * channels + channel, variance, mask=there)
 
 
@@ -362,10 +365,10 @@ def power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def tiles(pixels: int, channels: int, itemsize: int, planes: bool) -> Tiles:
+def tiles(pixels: int, channels: int, itemsize: int, planes: bool, elements: int | None = None) -> Tiles:
     """By the image's size alone, so that results do not depend on the batch."""
     cb = 1 if planes else min(power_of_2(channels), 128 // itemsize)
-    bp = max(min(power_of_2(pixels), TILE // cb), 1)
+    bp = max(min(power_of_2(pixels), (elements or TILE) // cb), 1)
     programs = -(-pixels // bp) * -(-channels // cb)
     iterations = 1
     while iterations < 16 and programs >= 2 * PROGRAMS * iterations:
@@ -622,7 +625,9 @@ def apply_launch(
     residual_act: str = "none",
     residual_slope: float = 0.0,
     planes: bool = False,
+    center: Tensor | None = None,
 ) -> Launch:
+    """With ``center``, which is laid out as scale, shift is (channels,) or None."""
     images, channels, height, width = x.shape
     rows, columns = out.shape[2:]
     of_x, of_out = layout(x, planes), layout(out, planes)
@@ -638,6 +643,7 @@ def apply_launch(
         (rows * -(-columns // t.BP), -(-channels // t.CB), images),
         {
             "x": x,
+            "center": center,
             "scale": scale,
             "shift": shift,
             "residual": residual,
@@ -864,7 +870,7 @@ def normalise(
             mean, variance = floats(mean), floats(variance)
             fold_it, scales = fold_launch(mean, variance, eps, weight, bias)
             fold_it.run()
-            scale, shift = scales
+            scale = scales[0]
         else:
             shape = (channels,) if over_batch else (images, channels)
             used = torch.empty((2, *shape), dtype=torch.float32, device=x.device)
@@ -879,8 +885,9 @@ def normalise(
             launches, merged = merge_launches(partial, count, over_batch, eps, weight, bias)
             for launch in launches:
                 launch.run()
-            scale, shift, mean, variance = Merged(*(merged[:, 0] if over_batch else merged))
-        apply_launch(x, scale, shift, act, slope, residual, None, None, out, planes=planes).run()
+            scale, _, mean, variance = Merged(*(merged[:, 0] if over_batch else merged))
+        # Not as scale * x + shift, which nearly cancel far from zero.
+        apply_launch(x, scale, bias, act, slope, residual, None, None, out, planes=planes, center=mean).run()
     assert mean is not None and variance is not None
     return out, mean, variance
 
@@ -928,7 +935,9 @@ def shipped() -> list[Shipped]:
         add(f"statistics {kind}", statistics_launch(x, *partial_buffers(x, planes), planes))
         scale = meta(images, channels)
         if channels != 1024:
-            plain = apply_launch(x, scale, scale, "relu", 0.0, None, None, None, x, planes=planes)
+            plain = apply_launch(
+                x, scale, None, "relu", 0.0, None, None, None, x, planes=planes, center=scale
+            )
             add(f"apply {kind}", plain)
         if planes:
             continue

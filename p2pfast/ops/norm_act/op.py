@@ -8,6 +8,7 @@ from torch import Tensor
 from p2pfast import _C
 from p2pfast.ops.conv.activation import activation_code
 from p2pfast.ops.conv.source import describe_output, describe_source
+from p2pfast.ops.gpu import require_triton
 from p2pfast.ops.norm.op import check_arguments
 from p2pfast.ops.norm_act.reference import norm_act_reference
 
@@ -18,6 +19,11 @@ _NATIVE_ACTS = ("none", "relu", "leaky_relu", "tanh", "sigmoid", "elu", "silu")
 def is_native(x: Tensor, act: str) -> bool:
     """Whether the native kernels take this tensor and activation."""
     return x.device.type == "cpu" and x.dtype in _DTYPES and act in _NATIVE_ACTS
+
+
+def is_fused(x: Tensor, act: str) -> bool:
+    """Whether ``norm_act`` runs kernels of this package: native ones, or Triton's on a GPU."""
+    return is_native(x, act) or (x.is_cuda and x.dtype in (*_DTYPES, torch.float16))
 
 
 def dense(x: Tensor) -> Tensor:
@@ -59,9 +65,9 @@ def norm_act(
 
     ``act((x - mean) / sqrt(variance + eps) * weight + bias + residual)`` in float32 whatever x's dtype. The
     backward pass keeps x and the statistics (and the residual where an activation follows it), reads x and
-    the incoming gradient, and writes x's gradient; the output is not kept. Sums have a fixed order. float16,
-    float64, gelu and other devices run ``norm_act_reference``, and so does a backward pass that is to be
-    differentiated again.
+    the incoming gradient, and writes x's gradient; the output is not kept. Sums have a fixed order. On the
+    CPU float16 and gelu, and everywhere float64, run ``norm_act_reference``, and so does a backward pass that
+    is to be differentiated again.
 
     Args:
         x: (N, C, H, W), floating point; contiguous and channels_last are read as they are.
@@ -81,9 +87,10 @@ def norm_act(
         TypeError: a dtype that is not listed above.
         ValueError: shapes that do not fit, an empty batch, tensors on different devices, or statistics of a
             single value.
+        RuntimeError: on a GPU without Triton, or older than compute capability 8.0.
     """
     _check(x, weight, bias, mean, variance, over_batch, eps, act, residual)
-    if is_native(x, act):
+    if is_fused(x, act):
         y, used_mean, used_variance = _norm_act(
             x, weight, bias, mean, variance, over_batch, eps, act, slope, residual
         )
@@ -223,6 +230,25 @@ def _norm_act(
     return y, used[0].clone(), used[2].clone()
 
 
+@_norm_act.register_kernel("cuda")
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    over_batch: bool,
+    eps: float,
+    act: str,
+    slope: float,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    require_triton()
+    from p2pfast.ops.norm_act import triton as kernels
+
+    return kernels.forward(x, weight, bias, mean, variance, over_batch, eps, act, slope, residual)
+
+
 @_norm_act.register_fake
 def _(
     x: Tensor,
@@ -259,7 +285,7 @@ def norm_act_backward(
 
     Args:
         grad: of the output.
-        x: what was normalised; float32 or bfloat16 on the CPU.
+        x: what was normalised; float32 or bfloat16, on a GPU float16 too.
         mean, variance: what ``norm_act`` returned.
         frozen: they were given to it.
         residual: may be None where act is ``"none"``.
@@ -341,6 +367,29 @@ def _norm_act_backward(
     if mean.dim() == 2:
         return dx, sums[0].sum(0), sums[1].sum(0), dresidual
     return dx, sums[0].clone(), sums[1].clone(), dresidual
+
+
+@_norm_act_backward.register_kernel("cuda")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    frozen: bool,
+    eps: float,
+    act: str,
+    slope: float,
+    residual: Tensor | None,
+    of_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    require_triton()
+    from p2pfast.ops.norm_act import triton as kernels
+
+    return kernels.backward(
+        grad, x, weight, bias, mean, variance, frozen, eps, act, slope, residual, of_residual
+    )
 
 
 @_norm_act_backward.register_fake
