@@ -156,6 +156,30 @@ struct F63 {
   }
 };
 
+// F(4, 4) at 0, +-a, +-b, c, infinity.
+struct F44 {
+  static constexpr Toom<4, 4> m{{0.0, 0.6, -0.6, 1.1, -1.1, 2.6}};
+  static constexpr int kPoints = 7;
+  P2PFAST_INLINE static void input(const Vec* d, int sd, Vec* o, int so) {
+    apply_matrix<InputMatrix<F44>, 7, 7>(d, sd, o, so);
+  }
+  P2PFAST_INLINE static void output(const Vec* d, int sd, Vec* o, int so) {
+    apply_matrix<OutputMatrix<F44>, 4, 7>(d, sd, o, so);
+  }
+};
+
+// F(2, 4) at 0, +-a, b, infinity.
+struct F24 {
+  static constexpr Toom<2, 4> m{{0.0, 0.7, -0.7, 2.4}};
+  static constexpr int kPoints = 5;
+  P2PFAST_INLINE static void input(const Vec* d, int sd, Vec* o, int so) {
+    apply_matrix<InputMatrix<F24>, 5, 5>(d, sd, o, so);
+  }
+  P2PFAST_INLINE static void output(const Vec* d, int sd, Vec* o, int so) {
+    apply_matrix<OutputMatrix<F24>, 2, 5>(d, sd, o, so);
+  }
+};
+
 // F(2, 3) at 0, +-1, infinity.
 struct F23 {
   static constexpr Toom<2, 3> m{{0.0, 1.0, -1.0}};
@@ -197,9 +221,9 @@ struct F22 {
 //   is multiplied by row i of weight() and accumulated into point sum_of(i) of kSums, from which
 //   output() makes kStepOut results.
 
-template <class F, int kOut>
-struct Stride1Taps3 {
-  static constexpr int kTaps = 3, kWindow = kOut + 2, kStepIn = kOut, kStepOut = kOut;
+template <class F, int kOut, int kFilter>
+struct Stride1 {
+  static constexpr int kTaps = kFilter, kWindow = kOut + kTaps - 1, kStepIn = kOut, kStepOut = kOut;
   static constexpr int kPoints = F::kPoints, kSums = F::kPoints;
   static constexpr int origin(int pad) { return -pad; }
   static constexpr int sum_of(int point) { return point; }

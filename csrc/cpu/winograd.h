@@ -543,15 +543,19 @@ struct Winograd {
 template <int kOut, class F>
 auto with_scheme(const ConvArgs& args, F&& f) {
   if constexpr (kOut == 6) {
-    return f.template operator()<Stride1Taps3<F63, 6>>();
+    return f.template operator()<Stride1<F63, 6, 3>>();
   } else {
     using Three = std::conditional_t<kOut == 4, F43, F23>;
+    using Four = std::conditional_t<kOut == 4, F44, F24>;
     using Two = std::conditional_t<kOut == 4, F42, F22>;
     if (args.transposed) {
       return args.kernel_h == 3 ? f.template operator()<Transposed3<Two, kOut>>()
                                 : f.template operator()<Transposed4<Two, kOut>>();
     }
-    if (args.stride == 1) return f.template operator()<Stride1Taps3<Three, kOut>>();
+    if (args.stride == 1) {
+      return args.kernel_h == 3 ? f.template operator()<Stride1<Three, kOut, 3>>()
+                                : f.template operator()<Stride1<Four, kOut, 4>>();
+    }
     return args.kernel_h == 3 ? f.template operator()<Stride2Taps3<Two, kOut>>()
                               : f.template operator()<Stride2Taps4<Two, kOut>>();
   }
@@ -568,8 +572,8 @@ const char* winograd_refuses(const ConvArgs& args) {
   }
   if (args.stride == 1 && args.kernel_h == 3) return nullptr;
   if (kOut == 6) return "needs 3x3 with stride 1";
-  if (args.stride == 2 && (args.kernel_h == 3 || args.kernel_h == 4)) return nullptr;
-  return "needs 3x3 with stride 1 or 2, or 4x4 with stride 2";
+  if (args.stride <= 2 && (args.kernel_h == 3 || args.kernel_h == 4)) return nullptr;
+  return "needs a 3x3 or 4x4 kernel with stride 1 or 2";
 }
 
 template <int kOut>
