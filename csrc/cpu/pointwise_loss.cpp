@@ -14,12 +14,11 @@ void require(bool good, const char* member, int64_t value, const char* remedy) {
 
 }  // namespace
 
-double pointwise_loss(Loss loss, float target, std::vector<LossPart> parts) {
+void check_pointwise_loss(Loss loss, const std::vector<LossPart>& parts) {
   const int kind = static_cast<int>(loss);
   require(kind >= 0 && kind < kLosses, "loss", kind, "it must be from 0 to 5");
   const bool pair = loss == Loss::kAbsoluteDifference || loss == Loss::kSquaredDifference;
-  int64_t chunks = 0;
-  for (LossPart& part : parts) {
+  for (const LossPart& part : parts) {
     const int type = static_cast<int>(part.type);
     require(type >= 0 && type <= 2, "type", type, "it must be 0 (float32), 1 (bfloat16) or 2 (float16)");
     const int b_type = static_cast<int>(part.b_type);
@@ -27,6 +26,13 @@ double pointwise_loss(Loss loss, float target, std::vector<LossPart> parts) {
     require(part.count >= 0, "count", part.count, "it must not be negative");
     if (part.count > 0 && (!part.a || (pair && !part.b)))
       throw std::invalid_argument("pointwise_loss: a or b is null");
+  }
+}
+
+double pointwise_loss(Loss loss, float target, std::vector<LossPart> parts) {
+  check_pointwise_loss(loss, parts);
+  int64_t chunks = 0;
+  for (LossPart& part : parts) {
     part.first_chunk = chunks;
     chunks += (part.count + kLossChunk - 1) / kLossChunk;
   }

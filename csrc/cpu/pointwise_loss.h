@@ -47,8 +47,11 @@ struct LossKernels {
 
 P2PFAST_PER_LEVEL(LossKernels, loss_kernels)
 
+// Throws std::invalid_argument naming what is wrong. Shared by the CPU and CUDA kernels.
+void check_pointwise_loss(Loss loss, const std::vector<LossPart>& parts);
+
 // The sum of weight * loss over all values of all parts; writes the gradients that are wanted. Runs on
-// the calling thread's pool. Throws std::invalid_argument naming what is wrong.
+// the calling thread's pool. Throws as check_pointwise_loss() does.
 double pointwise_loss(Loss loss, float target, std::vector<LossPart> parts);
 
 }  // namespace p2pfast

@@ -1,4 +1,4 @@
-"""Losses of the pix2pix family; each is one native pass for value and gradient on the CPU."""
+"""Losses of the pix2pix family; each is one native pass for value and gradient on CPUs and NVIDIA GPUs."""
 
 from __future__ import annotations
 

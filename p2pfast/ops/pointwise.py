@@ -9,10 +9,25 @@ import torch
 from torch import Tensor
 
 from p2pfast import _C
+from p2pfast.ops.cuda import launch, native, require_kernel
 
 # In the order of the native enumeration (csrc/cpu/pointwise_loss.h).
 LOSSES = ("logistic", "square", "hinge", "linear", "absolute_difference", "squared_difference")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def has_native(tensors: Sequence[Tensor]) -> bool:
+    """Whether the native pass takes them, in this build."""
+    return all(x.dtype in TYPES and native(x.device, "pointwise_loss") for x in tensors)
+
+
+def check_devices(tensors: Sequence[Tensor], name: str) -> None:
+    """Raises a ValueError unless all are on one device."""
+    for x in tensors:
+        if x.device != tensors[0].device:
+            raise ValueError(
+                f"{name} has tensors on {tensors[0].device} and on {x.device}; move them to one device"
+            )
 
 
 def dense(x: Tensor) -> Tensor:
@@ -44,7 +59,7 @@ def run_pointwise(
     gradient: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """The weighted sum, a float32 scalar, and the gradients with respect to ``a`` (none unless wanted), which
-    are to be multiplied by ``gradient_weights``."""
+    are to be multiplied by ``gradient_weights``. All tensors are on one device, the CPU or a GPU."""
     a = [dense(x.detach()) for x in a]
     if b is not None:
         b = [dense_like(y.detach(), x) for x, y in zip(a, b, strict=True)]
@@ -57,10 +72,30 @@ def run_pointwise(
         address = gradients[i].data_ptr() if gradient else 0
         kinds = (TYPES[x.dtype], TYPES[y.dtype])
         parts.append((x.data_ptr(), y.data_ptr(), address, x.numel(), *kinds, weight, stored))
-    out = torch.empty((), dtype=torch.float32)
-    _C.set_num_threads(torch.get_num_threads())
-    _C.pointwise_loss(loss=LOSSES.index(loss), target=target, parts=parts, out=out.data_ptr())
+    device = a[0].device
+    out = torch.empty((), dtype=torch.float32, device=device)
+    arguments = {"loss": LOSSES.index(loss), "target": target, "parts": parts, "out": out.data_ptr()}
+    if device.type == "cpu":
+        _C.set_num_threads(torch.get_num_threads())
+        _C.pointwise_loss(**arguments)
+    else:
+        sums = torch.empty(_C.cuda_pointwise_loss_sums(parts=parts), dtype=torch.float64, device=device)
+        launch("pointwise_loss", device, **arguments, workspace=sums.data_ptr())
     return out, gradients
+
+
+def run_pointwise_on_cuda(
+    operator: str,
+    loss: str,
+    target: float,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor] | None,
+    weights: Sequence[float],
+    gradient: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """``run_pointwise`` where the build has its kernel; a RuntimeError with the reason where not."""
+    require_kernel("pointwise_loss", operator, "the tensors")
+    return run_pointwise(loss, target, a, b, weights, gradient)
 
 
 def fake_pointwise(a: Sequence[Tensor], gradient: bool) -> tuple[Tensor, list[Tensor]]:

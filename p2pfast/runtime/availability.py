@@ -196,12 +196,16 @@ def _cpu_reason(name: str, native: Report, _gpu: Report) -> str | None:
     return "no CPU kernel: the library's operators are used"
 
 
+# Operators that share a native kernel of another name.
+_NATIVE_NAMES = {"gan_loss": "pointwise_loss", "feature_matching": "pointwise_loss"}
+
+
 def _cuda_reason(name: str, native: Report, gpu: Report) -> str | None:
     from p2pfast import _C
 
     folder = Path(p2pfast.ops.__path__[0]) / name
     in_triton = (folder / "triton.py").exists()
-    in_cuda = hasattr(_C, f"cuda_{name}")
+    in_cuda = hasattr(_C, f"cuda_{_NATIVE_NAMES.get(name, name)}")
     if not in_triton and not in_cuda:
         registered = native["available"] and _registered(name, "CUDA")
         return f"no CUDA kernel in this build: {native['reason']}" if registered else "no CUDA kernel"

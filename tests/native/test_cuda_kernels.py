@@ -29,6 +29,8 @@ REGISTERS = {
     "LabelPoolKernel": 64,
     "LabelSameKernel": 40,
     "LabelPackKernel": 64,
+    "LossKernel": 64,
+    "LossSumKernel": 64,
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from p2pfast.ops.feature_matching import feature_matching, feature_matching_reference
 from p2pfast.ops.feature_matching.op import _feature_matching
@@ -127,3 +128,29 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         feature_matching(**{"fake": [torch.zeros(2)], "real": [torch.zeros(2)], "weights": [1.0], **change})
+
+
+def test_fake_cuda_tensors() -> None:
+    with FakeTensorMode():
+        fake = [torch.empty(s, dtype=torch.float16, device="cuda") for s in SHAPES]
+        loss, gradients = _feature_matching(fake, fake, WEIGHTS, False, True)
+        assert loss.device.type == "cuda" and loss.dtype == torch.float32
+        assert [(g.shape, g.dtype) for g in gradients] == [(x.shape, x.dtype) for x in fake]
+        assert feature_matching(fake, fake, WEIGHTS).device.type == "cuda"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "real_dtype"), list(itertools.product(DTYPES, DTYPES)), ids=str)
+@pytest.mark.parametrize("squared", [False, True])
+def test_on_cuda(squared: bool, dtype: torch.dtype, real_dtype: torch.dtype) -> None:
+    fake, real = pairs(dtype, real_dtype)
+    fake = [x.detach().cuda().requires_grad_() for x in fake]
+    real = [y.cuda() for y in real]
+    doubles = [x.detach().double().requires_grad_() for x in fake]
+    expected = feature_matching_reference(doubles, [y.double() for y in real], WEIGHTS, squared)
+    result = feature_matching(fake, real, WEIGHTS, squared)
+    torch.testing.assert_close(result.double(), expected, rtol=5e-7, atol=0.0)
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    got, want = torch.autograd.grad(result, fake), torch.autograd.grad(expected, doubles)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=tolerance, atol=1e-7)

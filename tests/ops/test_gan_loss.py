@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from p2pfast import _C
 from p2pfast.ops.gan_loss import gan_loss, gan_loss_reference
@@ -161,18 +162,108 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
         gan_loss(**{"predictions": [torch.zeros(2)], "loss": "square", "target": 1.0, **change})
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"loss": 6}, "loss is 6"),
-        ({"out": 0}, "out is null"),
-        ({"parts": [(0, 0, 0, 4, 0, 0, 1.0, 1.0)]}, "a or b is null"),
-        ({"parts": [(1, 0, 0, -1, 0, 0, 1.0, 1.0)]}, "count is -1"),
-        ({"parts": [(1, 0, 0, 1, 3, 0, 1.0, 1.0)]}, "type is 3"),
-        ({"parts": [(1, 1, 0, 1, 0, 1, 1.0, 1.0)], "loss": 4}, "b_type is 1"),
-    ],
-)
+BAD_NUMBERS: list[tuple[dict[str, Any], str]] = [
+    ({"loss": 6}, "loss is 6; it must be"),
+    ({"out": 0}, "out is null"),
+    ({"parts": [(0, 0, 0, 4, 0, 0, 1.0, 1.0)]}, "a or b is null"),
+    ({"parts": [(4, 0, 0, -1, 0, 0, 1.0, 1.0)]}, "count is -1; it must not be negative"),
+    ({"parts": [(4, 0, 0, 1, 3, 0, 1.0, 1.0)]}, "type is 3; it must be"),
+    ({"parts": [(4, 4, 0, 1, 0, 1, 1.0, 1.0)], "loss": 4}, "b_type is 1; it must be"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_NUMBERS, ids=[m for _, m in BAD_NUMBERS])
 def test_bad_native_arguments(change: dict[str, Any], message: str) -> None:
     out = torch.empty(())
     with pytest.raises(ValueError, match=message):
         _C.pointwise_loss(**{"loss": 0, "target": 0.0, "parts": [], "out": out.data_ptr(), **change})
+
+
+def test_fake_cuda_tensors() -> None:
+    """Without gradients: autograd asks the device for a stream, which PyTorch without CUDA does not have."""
+    with FakeTensorMode():
+        values = [torch.empty(s, dtype=torch.bfloat16, device="cuda") for s in SHAPES]
+        loss, gradients = _gan_loss(values, "square", 1.0, 1.0, True)
+        assert loss.shape == () and loss.dtype == torch.float32 and loss.device.type == "cuda"
+        assert [(g.shape, g.dtype, g.device) for g in gradients] == [
+            (x.shape, x.dtype, x.device) for x in values
+        ]
+        assert gan_loss(values, "square", 1.0).device.type == "cuda"
+        with pytest.raises(ValueError, match="tensors on cuda:0 and on cpu; move them to one device"):
+            gan_loss([values[0], torch.zeros(3)], "square", 1.0)
+
+
+@pytest.mark.skipif(not hasattr(_C, "cuda_pointwise_loss"), reason="built without CUDA kernels")
+class TestCuda:
+    GOOD = {
+        "loss": 0,
+        "target": 0.0,
+        "parts": [(4096, 0, 0, 4, 0, 0, 1.0, 1.0)],
+        "workspace": 4096,
+        "out": 4096,
+        "device": 0,
+        "stream": 0,
+    }
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            *BAD_NUMBERS,
+            ({"workspace": 0}, "workspace is null"),
+            ({"workspace": 4100}, "workspace is not aligned to its element size of 8"),
+            ({"out": 4098}, "out is not aligned"),
+            ({"device": -1}, "device is -1; it must not be negative"),
+            ({"parts": [(4098, 0, 0, 4, 0, 0, 1.0, 1.0)]}, "a is not aligned to its element size of 4"),
+            ({"parts": [(4096, 0, 4097, 4, 1, 1, 1.0, 1.0)]}, "gradient is not aligned"),
+            ({"parts": [(4096, 4097, 0, 4, 1, 1, 1.0, 1.0)], "loss": 5}, "b is not aligned"),
+            ({"parts": [(4096, 0, 0, 1 << 60, 0, 0, 1.0, 1.0)]}, "split the tensor"),
+        ],
+    )
+    def test_arguments(self, change: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            _C.cuda_pointwise_loss(**{**self.GOOD, **change})
+
+    def test_workspace_beyond_32_bits(self) -> None:
+        parts = [(4096, 0, 0, 64 * 4096 * 8192 * 64, 0, 0, 1.0, 1.0), (4096, 0, 0, 1, 0, 0, 1.0, 1.0)]
+        assert _C.cuda_pointwise_loss_sums(parts=parts) == 64 * 4096 * 64 + 1
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+    def test_a_launch_without_a_gpu_is_a_clear_error(self) -> None:
+        with pytest.raises(RuntimeError, match=r"pointwise_loss: .*\(cudaError.*NVIDIA GPU and a driver"):
+            _C.cuda_pointwise_loss(**self.GOOD)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(("loss", "target"), LOSSES)
+    def test_value_and_gradient(self, loss: str, target: float, dtype: torch.dtype) -> None:
+        tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+        for offset, spread in ((0.0, 3.0), (50.0, 1.0), (-90.0, 30.0)):
+            values = [x.detach().cuda().requires_grad_() for x in scales(dtype, offset, spread)]
+            expected, gradients = exact(values, loss, target, 0.5)
+            result = gan_loss(values, loss, target, 0.5)
+            assert torch.equal(result, gan_loss(values, loss, target, 0.5))
+            torch.testing.assert_close(result.double(), expected, rtol=5e-7, atol=1e-7)
+            for got, want in zip(torch.autograd.grad(result, values), gradients, strict=True):
+                absolute = 6e-8 if dtype == torch.float16 else 1e-7 * float(want.abs().max()) + 1e-37
+                torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=absolute)
+
+    @pytest.mark.gpu
+    def test_many_scales_and_unaligned_slices(self) -> None:
+        flat = torch.randn(100_000).cuda()
+        values = [flat[i : i + 1000 * (i % 7) + 1].detach().requires_grad_() for i in range(150)]
+        expected, gradients = exact(values, "logistic", 0.9)
+        result = gan_loss(values, "logistic", 0.9)
+        torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(
+            [g.double() for g in torch.autograd.grad(result, values)], list(gradients), rtol=1e-5, atol=1e-9
+        )
+
+    @pytest.mark.gpu
+    def test_in_a_graph(self) -> None:
+        values = [x.detach().cuda() for x in scales(torch.float32)]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = gan_loss(values, "hinge", 1.0)
+        values[2].copy_(torch.randn_like(values[2]))
+        graph.replay()
+        torch.testing.assert_close(result, gan_loss_reference(values, "hinge", 1.0))

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from p2pfast.ops.feature_matching.reference import feature_matching_reference
 from p2pfast.ops.pointwise import (
-    TYPES,
+    check_devices,
     differentiable,
     fake_pointwise,
     gradient_weights,
+    has_native,
     run_pointwise,
+    run_pointwise_on_cuda,
     scaled,
 )
 
@@ -38,16 +40,18 @@ def _check(fake: Sequence[Tensor], real: Sequence[Tensor], weights: Sequence[flo
             )
         if x.device != y.device:
             raise ValueError(f"a tensor of fake is on {x.device}, of real on {y.device}; move one of them")
+    check_devices(fake, "fake")
 
 
 def feature_matching(
     fake: Sequence[Tensor], real: Sequence[Tensor], weights: Sequence[float], squared: bool = False
 ) -> Tensor:
-    """Σ weights[i] · mean(|fake[i] - real[i]|): all tensors in one native call.
+    """Σ weights[i] · mean(|fake[i] - real[i]|): all tensors in one native call, on the CPU and NVIDIA GPUs.
 
     The gradient, for ``fake`` only, is computed along with the loss: two reads and one write of memory for
-    forward and backward together. float32 sums in a fixed order: the same bits at any number of threads.
-    Other devices and float64 run ``feature_matching_reference``.
+    forward and backward together. Sums have a fixed order: the same bits at any number of threads. Other
+    devices (NVIDIA's too in a build without CUDA kernels; ``p2pfast info`` tells) and float64 run
+    ``feature_matching_reference``.
 
     Args:
         fake, real: pairs of tensors of equal shapes; float32, bfloat16 or float16.
@@ -63,7 +67,7 @@ def feature_matching(
     """
     fake, real, weights = list(fake), [y.detach() for y in real], [float(w) for w in weights]
     _check(fake, real, weights)
-    if any(t.device.type != "cpu" or t.dtype not in TYPES for t in (*fake, *real)):
+    if not has_native((*fake, *real)):
         return feature_matching_reference(fake, real, weights, squared)
     real = [y if y.dtype == x.dtype else y.float() for x, y in zip(fake, real, strict=True)]
     # A 16-bit real side of a float32 fake one was widened; the other way round the kernel does it on load.
@@ -75,12 +79,23 @@ def _mean_weights(fake: Sequence[Tensor], weights: Sequence[float]) -> list[floa
     return [w / x.numel() for x, w in zip(fake, weights, strict=True)]
 
 
+def _kind(squared: bool) -> str:
+    return "squared_difference" if squared else "absolute_difference"
+
+
 @torch.library.custom_op("p2pfast::feature_matching", mutates_args=(), device_types="cpu")
 def _feature_matching(
     fake: Sequence[Tensor], real: Sequence[Tensor], weights: Sequence[float], squared: bool, gradient: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    kind = "squared_difference" if squared else "absolute_difference"
-    return run_pointwise(kind, 0.0, fake, real, _mean_weights(fake, weights), gradient)
+    return run_pointwise(_kind(squared), 0.0, fake, real, _mean_weights(fake, weights), gradient)
+
+
+@_feature_matching.register_kernel("cuda")
+def _(
+    fake: Sequence[Tensor], real: Sequence[Tensor], weights: Sequence[float], squared: bool, gradient: bool
+) -> tuple[Tensor, list[Tensor]]:
+    means = _mean_weights(fake, weights)
+    return run_pointwise_on_cuda("feature_matching", _kind(squared), 0.0, fake, real, means, gradient)
 
 
 @_feature_matching.register_fake

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from p2pfast.ops.gan_loss.reference import gan_loss_reference
 from p2pfast.ops.pointwise import (
-    TYPES,
+    check_devices,
     differentiable,
     fake_pointwise,
     gradient_weights,
+    has_native,
     run_pointwise,
+    run_pointwise_on_cuda,
     scaled,
 )
 
@@ -29,14 +31,16 @@ def _check(predictions: Sequence[Tensor], loss: str) -> None:
             raise TypeError(f"a prediction has dtype {x.dtype}; a floating-point dtype is expected")
         if x.numel() == 0:
             raise ValueError(f"a prediction has shape {tuple(x.shape)}; the mean of no values is not defined")
+    check_devices(predictions, "predictions")
 
 
 def gan_loss(predictions: Sequence[Tensor], loss: str, target: float, weight: float = 1.0) -> Tensor:
     """The mean loss of each scale's predictions against one target, summed over the scales.
 
-    One native call for all scales: no tensor of targets is made, and the gradient is computed along with the
-    loss. float32 sums in a fixed order: the same bits at any number of threads. Other devices and float64
-    run ``gan_loss_reference``.
+    One native call for all scales, on the CPU and on NVIDIA GPUs: no tensor of targets is made, and the
+    gradient is computed along with the loss. Sums have a fixed order: the same bits at any number of threads.
+    Other devices (NVIDIA's too in a build without CUDA kernels; ``p2pfast info`` tells) and float64 run
+    ``gan_loss_reference``.
 
     Args:
         predictions: a discriminator's outputs, any shapes; float32, bfloat16 or float16.
@@ -50,11 +54,11 @@ def gan_loss(predictions: Sequence[Tensor], loss: str, target: float, weight: fl
 
     Raises:
         TypeError: a prediction that is not floating point.
-        ValueError: no predictions, an empty one, or another loss.
+        ValueError: no predictions, an empty one, predictions on different devices, or another loss.
     """
     predictions = list(predictions)
     _check(predictions, loss)
-    if any(x.device.type != "cpu" or x.dtype not in TYPES for x in predictions):
+    if not has_native(predictions):
         return gan_loss_reference(predictions, loss, target, weight)
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in predictions)
     return _gan_loss(predictions, loss, float(target), float(weight), gradient)[0]
@@ -69,6 +73,14 @@ def _gan_loss(
     predictions: Sequence[Tensor], loss: str, target: float, weight: float, gradient: bool
 ) -> tuple[Tensor, list[Tensor]]:
     return run_pointwise(loss, target, predictions, None, _weights(predictions, weight), gradient)
+
+
+@_gan_loss.register_kernel("cuda")
+def _(
+    predictions: Sequence[Tensor], loss: str, target: float, weight: float, gradient: bool
+) -> tuple[Tensor, list[Tensor]]:
+    weights = _weights(predictions, weight)
+    return run_pointwise_on_cuda("gan_loss", loss, target, predictions, None, weights, gradient)
 
 
 @_gan_loss.register_fake

@@ -1,0 +1,48 @@
+#include <stdexcept>
+#include <string>
+
+#include "cuda/launch.h"
+#include "cuda/pointwise_loss.h"
+#include "cuda/pointwise_loss_kernel.h"
+
+namespace p2pfast::cuda {
+namespace {
+
+constexpr const char* kName = "pointwise_loss";
+
+void check_part(Loss loss, const LossPart& part) {
+  if (part.count == 0) return;
+  const size_t bytes = part.type == ValueType::kFloat32 ? 4 : 2;
+  const size_t b_bytes = part.b_type == ValueType::kFloat32 ? 4 : 2;
+  check_aligned(reinterpret_cast<uintptr_t>(part.a), bytes, kName, "a");
+  check_aligned(reinterpret_cast<uintptr_t>(part.gradient), bytes, kName, "gradient");
+  if (has_two(loss)) check_aligned(reinterpret_cast<uintptr_t>(part.b), b_bytes, kName, "b");
+  check_blocks(ceil_div(part.count, kLossChunk), kName, "split the tensor");
+}
+
+}  // namespace
+
+int64_t pointwise_loss_sums(const std::vector<LossPart>& parts) {
+  int64_t chunks = 0;
+  for (const LossPart& part : parts) chunks += ceil_div(part.count, kLossChunk);
+  return chunks;
+}
+
+void pointwise_loss(Loss loss, float target, const std::vector<LossPart>& parts, double* workspace,
+                    float* out, int device, uintptr_t stream) {
+  check_pointwise_loss(loss, parts);
+  check_device(device, kName);
+  for (const LossPart& part : parts) check_part(loss, part);
+  if (out == nullptr) throw std::invalid_argument("pointwise_loss: out is null");
+  check_aligned(reinterpret_cast<uintptr_t>(out), sizeof(float), kName, "out");
+  if (workspace == nullptr && pointwise_loss_sums(parts) > 0)
+    throw std::invalid_argument("pointwise_loss: workspace is null");
+  check_aligned(reinterpret_cast<uintptr_t>(workspace), sizeof(double), kName, "workspace");
+  const DeviceGuard guard(device, kName);
+  run_pointwise_loss(loss, target, parts, workspace, out,
+                     [&]<class Kernel>(const typename Kernel::Args& args, int64_t blocks) {
+                       launch<Kernel>(args, blocks, stream, kName);
+                     });
+}
+
+}  // namespace p2pfast::cuda
