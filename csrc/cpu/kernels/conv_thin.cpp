@@ -10,6 +10,8 @@ namespace {
 
 constexpr int kMaxColumns = 64;
 constexpr int kMaxThin = 8;  // output channels
+// Folding reads four channels at a time, and so up to three values past the last.
+using Four = float __attribute__((vector_size(16), aligned(4), may_alias));
 
 struct Thin {
   const ConvArgs& args;
@@ -24,8 +26,9 @@ struct Thin {
 
   static constexpr int kVectors = kLanes == 16 ? 4 : 3;  // of a panel
 
-  int block_columns() const { return min2(columns_q, 128); }
-  int block_rows() const { return min2(rows_q, 4); }
+  // A transposed convolution computes the products of a halo around its block, so that is squarer.
+  int block_columns() const { return min2(columns_q, args.transposed ? 64 : 128); }
+  int block_rows() const { return min2(rows_q, args.transposed ? 8 : 4); }
   int window_columns() const { return block_columns() + xs.high - xs.low; }
   int window_rows() const { return block_rows() + ys.high - ys.low; }
   int product_rows() const { return args.transposed ? window_rows() : block_rows(); }
@@ -60,7 +63,7 @@ struct Thin {
   Scratch carve(Carver& carver) const {
     return {
         carver.floats(window_rows() * row_floats() + kGatherSlack),
-        carver.floats(static_cast<int64_t>(product_rows()) * window_columns() * width),
+        carver.floats(static_cast<int64_t>(product_rows()) * window_columns() * width + kMaxThin),
         carver.floats(static_cast<int64_t>(args.out_channels) * round_up(block_columns() * xs.spread, 16))};
   }
   int64_t workspace(int threads) const {
@@ -89,11 +92,11 @@ struct Thin {
 
   // One output row: sums of shifted products into line[co][x].
   void fold(const Scratch& scratch, int y, const Phase& py, int columns, int64_t line_stride) const {
-    const int taps_y = args.transposed ? py.taps : 1;
+    const int taps_y = args.transposed ? py.taps : 1, fours = (args.out_channels + 3) / 4;
     for (int b = 0; b < xs.count; ++b) {
       const Phase& px = xs.phase[b];
       for (int x = 0; x < columns; ++x) {
-        float sum[kMaxThin] = {};
+        Four sum[kMaxThin / 4] = {};
         for (int jy = 0; jy < taps_y; ++jy) {
           const int row = args.transposed ? y + py.offset - ys.low + jy : y;
           const int tap_row = args.transposed ? py.tap[jy] * args.kernel_w : 0;
@@ -102,12 +105,12 @@ struct Thin {
                 scratch.products +
                 (static_cast<int64_t>(row) * window_columns() + x + px.offset - xs.low + jx) * width +
                 (tap_row + px.tap[jx]) * args.out_channels;
-            for (int co = 0; co < args.out_channels; ++co) sum[co] += from[co];
+            for (int g = 0; g < fours; ++g) sum[g] += *reinterpret_cast<const Four*>(from + 4 * g);
           }
         }
         for (int co = 0; co < args.out_channels; ++co)
           scratch.line[co * line_stride + x * xs.spread + px.first] =
-              sum[co] + (args.bias ? args.bias[co] : 0.0f);
+              sum[co / 4][co % 4] + (args.bias ? args.bias[co] : 0.0f);
       }
     }
   }
