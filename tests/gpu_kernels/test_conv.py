@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from p2pfast.ops.conv.triton import Config, Source, conv, pack, parts  # noqa: E402
 
 NAN = float("nan")
-SMALL = Config(32, 16, 32)
+SMALL = Config(32, 32, 32)
 
 
 class Buffer:
@@ -54,7 +54,7 @@ class Case:
     output_padding: int = 0
     layout: str | None = None
     size: tuple[int, int] = (5, 6)
-    images: int = 2
+    images: int = 1
     config: Config = SMALL
     dtype: torch.dtype = torch.float32
     residual: bool = True
@@ -176,22 +176,22 @@ def check_statistics(partial: Tensor, count: Tensor, raw: Tensor, error: float) 
 
 
 ORDINARY = {
-    "zeros": Case(),
-    "reflect": Case(mode="reflect", size=(4, 7)),
+    "zeros": Case(images=2, config=Config(16, 16, 32)),
+    "reflect": Case(mode="reflect", size=(4, 7), images=2),
     "replicate, stride 2": Case(mode="replicate", stride=2, pad=2, kernel=(5, 5)),
     "4x4, stride 2": Case(kernel=(4, 4), stride=2, size=(6, 7)),
     "1x1": Case(kernel=(1, 1), pad=0),
     "no padding": Case(pad=0),
     "wide padding": Case(kernel=(4, 4), pad=3, size=(2, 3)),
     "rectangular": Case(kernel=(1, 4), pad=0),
-    "full tiles": Case(channels=(32,), out=16, size=(4, 8)),
-    "columns in blocks": Case(out=35),
+    "full tiles": Case(channels=(32,), out=16, size=(4, 8), config=Config(16, 16, 32)),
+    "columns in blocks": Case(out=35, config=Config(32, 16, 32)),
     "thin input": Case(channels=(3,), kernel=(7, 7), pad=3, mode="reflect", size=(5, 5)),
     "thin input, stride 2": Case(channels=(6,), kernel=(4, 4), stride=2),
-    "two sources": Case(channels=(17, 33)),
+    "two sources": Case(channels=(17, 33), images=2),
     "two sources, one thin": Case(channels=(3, 20), mode="reflect"),
     "two thin sources": Case(channels=(3, 1), stride=2),
-    "one pixel": Case(kernel=(4, 4), stride=2, size=(2, 2), images=3),
+    "one pixel": Case(kernel=(4, 4), stride=2, size=(2, 2), images=3, config=Config(16, 32, 64)),
     "far from zero": Case(offset=300.0),
 }
 
@@ -202,7 +202,7 @@ def test_convolutions(name: str, device: str) -> None:
 
 
 TRANSPOSED = {
-    "3x3": Case(transposed=True, stride=2, output_padding=1, size=(3, 5)),
+    "3x3": Case(transposed=True, images=2, stride=2, output_padding=1, size=(3, 5)),
     "4x4": Case(transposed=True, stride=2, kernel=(4, 4)),
     "odd output": Case(transposed=True, stride=2, size=(3, 3)),
     "two sources": Case(channels=(17, 33), transposed=True, stride=2, kernel=(4, 4), size=(2, 3)),
@@ -228,8 +228,8 @@ def test_transposed(name: str, layout: str, device: str) -> None:
 ROWS = {
     "7x7": Case(out=3, kernel=(7, 7), pad=3, mode="reflect", size=(5, 6), act="tanh"),
     "one channel, two sources": Case(channels=(17, 3), out=1, kernel=(4, 4), size=(5, 9)),
-    "blocks across": Case(out=2, pad=0, size=(4, 40), images=1),
-    "low image": Case(out=4, mode="replicate", size=(1, 7), images=1),
+    "blocks across": Case(out=2, pad=0, size=(4, 40)),
+    "low image": Case(out=4, mode="replicate", size=(1, 7)),
 }
 
 

@@ -5,9 +5,26 @@
 
 from __future__ import annotations
 
-from p2pfast.ops.conv.gpu.configs import Config, default_config
-from p2pfast.ops.conv.gpu.launch import conv, parts
+from p2pfast.ops.conv.gpu.choice import Candidate, Choice, Problem, choose
+from p2pfast.ops.conv.gpu.configs import Config, default_config, parts
+from p2pfast.ops.conv.gpu.launch import conv
+from p2pfast.ops.conv.gpu.library import library_conv
 from p2pfast.ops.conv.gpu.pack import Packed, pack
+from p2pfast.ops.conv.gpu.shipped import shipped
 from p2pfast.ops.conv.gpu.source import Source
 
-__all__ = ["Config", "Packed", "Source", "conv", "default_config", "pack", "parts"]
+__all__ = [
+    "Candidate",
+    "Choice",
+    "Config",
+    "Packed",
+    "Problem",
+    "Source",
+    "choose",
+    "conv",
+    "default_config",
+    "library_conv",
+    "pack",
+    "parts",
+    "shipped",
+]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from p2pfast.ops.conv.activation import activation_code
-from p2pfast.ops.conv.gpu.configs import Config, default_config
+from p2pfast.ops.conv.gpu.configs import Config, default_config, parts, phase_sizes
 from p2pfast.ops.conv.gpu.conv_kernel import conv_kernel
 from p2pfast.ops.conv.gpu.pack import Packed, power_of_two
 from p2pfast.ops.conv.gpu.source import Source, check_source, check_view, norm_stride
@@ -19,27 +19,6 @@ from p2pfast.ops.gpu import Launch, check_tensor, on_device
 PADDING_MODES = ("zeros", "reflect", "replicate")
 PRECISIONS = ("tf32", "tf32x3", "ieee")
 _LARGEST = 2**31 - 1024  # pixels of an image: row numbers of the last tile must fit as well
-
-
-def _phase_sizes(packed: Packed, out_height: int, out_width: int) -> list[int]:
-    """Rows of the product of each phase, in the order of the grid."""
-    if packed.layout in ("plain", "rows"):
-        return [out_height * out_width]
-    s = packed.stride
-    if packed.layout == "columns":
-        return [-(-out_height // s) * -(-out_width // s)]
-    sizes = []
-    for y in range(s):
-        for x in range(s):
-            at_y, at_x = (y - packed.padding[0]) % s, (x - packed.padding[1]) % s
-            sizes.append(max(0, -(-(out_height - at_y) // s)) * max(0, -(-(out_width - at_x) // s)))
-    return sizes
-
-
-def parts(packed: Packed, out_height: int, out_width: int, config: Config) -> int:
-    """How many parts the statistics of one image have: the size of ``partial`` and ``count`` of ``conv``."""
-    tiles = sum(-(-size // config.bm) for size in _phase_sizes(packed, out_height, out_width))
-    return tiles * packed.stride**2 if packed.layout == "columns" else tiles
 
 
 def _source(index: int, source: Source | None, like: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -174,7 +153,7 @@ def build(
         across = config.bm - packed.kernel[1] + 1
         grid = -(-out_width // across), -(-out_height // packed.rows), out.shape[0]
         return Launch(thin_kernel, grid, arguments, constants, config.warps, config.stages)
-    sizes = _phase_sizes(packed, out_height, out_width)
+    sizes = phase_sizes(packed, out_height, out_width)
     s = packed.stride
     whole = packed.layout != "columns" or (out_height % s == 0 and out_width % s == 0)
     arguments |= {"partial": partial, "count": count, "parts": 0 if count is None else count.shape[0]}

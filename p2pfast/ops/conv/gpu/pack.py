@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -23,23 +23,21 @@ def power_of_two(value: int) -> int:
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A convolution's weights for one layout of the kernels, and its geometry.
+class Geometry:
+    """A convolution, and how one layout of the kernels sees it.
 
     Attributes:
-        data: (columns, depth), depth contiguous: for each source, taps times channels. The channels of a tap
-            are padded with zeros to a multiple of 16; of a source with fewer than 16 channels, only the end.
-        layout: ``"plain"``: columns are output channels. Transposed: ``"phases"``: the taps of each sub-pixel
-            phase one after the other, phases by the residue of their taps; or ``"columns"``: columns are
-            (phase row, phase column, channel), over the union of the phases' windows. ``"rows"`` (few output
-            channels, stride 1): columns are (output row, horizontal tap, channel), the last two padded to
-            powers of two, and depth is input rows times channels.
+        layout: ``"plain"``: columns of the product are output channels. Transposed: ``"phases"``: the taps of
+            each sub-pixel phase one after the other, phases by the residue of their taps; or ``"columns"``:
+            columns are (phase row, phase column, channel), over the union of the phases' windows. ``"rows"``
+            (few output channels, stride 1): columns are (output row, horizontal tap, channel), the last two
+            padded to powers of two, and depth is input rows times channels.
         window: height and width of the window that a column's depth covers.
         padding: top and left; of ``"columns"``, that of the union's window.
         rows: output rows of a tile of the layout ``"rows"``, else 1.
+        columns, depth: of the packed weights.
     """
 
-    data: Tensor
     layout: str
     kernel: tuple[int, int]
     window: tuple[int, int]
@@ -48,19 +46,31 @@ class Packed:
     transposed: bool
     channels: tuple[int, ...]
     out_channels: int
-    rows: int = 1
-
-    @property
-    def columns(self) -> int:
-        return self.data.shape[0]
-
-    @property
-    def depth(self) -> int:
-        return self.data.shape[1]
+    rows: int
+    columns: int
+    depth: int
 
     @property
     def flat(self) -> tuple[bool, ...]:
+        """Of each source: whether a step takes several taps."""
         return tuple(c < FLAT_BELOW for c in self.channels)
+
+
+@dataclass(frozen=True)
+class Packed(Geometry):
+    """A convolution's weights for one layout of the kernels.
+
+    Attributes:
+        data: (columns, depth), depth contiguous: for each source, taps times channels. The channels of a tap
+            are padded with zeros to a multiple of 16; of a source with fewer than 16 channels, only the end.
+    """
+
+    data: Tensor = field(compare=False)
+
+    @property
+    def geometry(self) -> Geometry:
+        """Without the weights."""
+        return Geometry(*(getattr(self, f.name) for f in fields(Geometry)))
 
 
 def _depth(weight: Tensor, channels: tuple[int, ...]) -> Tensor:
@@ -125,6 +135,7 @@ def pack(
     padding: tuple[int, int] = (0, 0),
     channels: tuple[int, ...] | None = None,
     layout: str | None = None,
+    statistics: bool = True,
 ) -> Packed:
     """Packs a convolution's weights for ``conv``, once.
 
@@ -133,7 +144,8 @@ def pack(
         dtype: that of the tensors the convolution reads.
         stride, padding: of the convolution, the padding at the top and at the left.
         channels: of each of the sources; None: one source.
-        layout: see ``Packed``; None: ``"plain"``, or ``"phases"`` if transposed.
+        layout: see ``Geometry``; None: what is quickest as a rule (``preferred``).
+        statistics: ``conv`` shall be able to gather them, which the layout ``"rows"`` cannot.
 
     Raises:
         ValueError: channels that do not sum to C, or a layout that cannot do this convolution.
@@ -149,7 +161,7 @@ def pack(
         raise ValueError(
             f"channels is {channels}; one or two numbers that sum to the weight's {c} are expected"
         )
-    layout = layout or ("phases" if transposed else "plain")
+    layout = layout or preferred(transposed, stride, (height, width), cout, statistics)
     wrong = refuses(layout, transposed, stride, (height, width), cout)
     if wrong:
         raise ValueError(f"layout is {layout!r}: {wrong}")
@@ -173,16 +185,18 @@ def pack(
         window = rows + height - 1, 1
         data = _depth(_row_columns(w, rows), channels)
     return Packed(
-        data.contiguous(),
-        layout,
-        (height, width),
-        window,
-        stride,
-        (padding[0], padding[1]),
-        transposed,
-        channels,
-        cout,
-        rows,
+        layout=layout,
+        kernel=(height, width),
+        window=window,
+        stride=stride,
+        padding=(padding[0], padding[1]),
+        transposed=transposed,
+        channels=channels,
+        out_channels=cout,
+        rows=rows,
+        columns=data.shape[0],
+        depth=data.shape[1],
+        data=data.contiguous(),
     )
 
 
@@ -199,3 +213,17 @@ def refuses(layout: str, transposed: bool, stride: int, kernel: tuple[int, int],
         if not 16 <= columns <= 128:
             return f"{cout} channels and {kernel[1]} horizontal taps make {columns} columns; 16 to 128 fit"
     return None
+
+
+def preferred(transposed: bool, stride: int, kernel: tuple[int, int], cout: int, statistics: bool) -> str:
+    """The layout that reads its input least often without much more arithmetic."""
+    if transposed:
+        columns = stride * stride * cout
+        unions = [_union(k, stride, 0)[1] for k in kernel]
+        inside = unions[0] * unions[1] * max(16, columns)
+        return (
+            "columns" if columns <= 128 and inside <= 2 * kernel[0] * kernel[1] * max(16, cout) else "phases"
+        )
+    if cout <= 4 and kernel[1] > 1 and not statistics and not refuses("rows", False, stride, kernel, cout):
+        return "rows"
+    return "plain"

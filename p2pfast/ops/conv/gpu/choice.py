@@ -1,0 +1,299 @@
+"""Which kernel and which tiles a convolution takes: by measurement on its first use, remembered on disk.
+
+``P2PFAST_TUNE`` and ``P2PFAST_CACHE_DIR`` are those of ``p2pfast.ops.measured``. Without a GPU, or where
+measuring is switched off, the model of ``configs.py`` decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from p2pfast.ops.conv.gpu.configs import Config, machine, parts, ranked
+from p2pfast.ops.conv.gpu.launch import conv
+from p2pfast.ops.conv.gpu.library import library_conv, library_refuses
+from p2pfast.ops.conv.gpu.pack import Packed, pack, refuses
+from p2pfast.ops.conv.gpu.source import Source
+from p2pfast.ops.measured import cache_folder, tuning
+
+# An estimate that is this far behind needs no measurement to lose.
+_WORTH_MEASURING = 1.6
+_MOST_MEASURED = 6
+_RUNS = 5
+_REPEATS = 4  # of a launch in one timed graph
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the time of a convolution depends on.
+
+    Attributes:
+        size, out_size: height and width of the sources and of the output.
+        channels: of each source.
+        pending: the sources have a normalisation or an activation to be done on load.
+        statistics: of the output are wanted.
+        precision: of float32 products, as for ``conv``; None: what ``torch.backends.cudnn.allow_tf32`` says.
+    """
+
+    images: int
+    size: tuple[int, int]
+    out_size: tuple[int, int]
+    channels: tuple[int, ...]
+    out_channels: int
+    kernel: tuple[int, int]
+    stride: int = 1
+    padding: tuple[int, int] = (0, 0)
+    pad_mode: str = "zeros"
+    transposed: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    pending: bool = True
+    statistics: bool = True
+    precision: str | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to do it; ``layout`` for ``pack`` and ``config`` for ``conv``, both None for the library."""
+
+    layout: str | None
+    config: Config | None
+    seconds: float
+    measured: bool = False
+
+    @property
+    def name(self) -> str:
+        return "library" if self.layout is None else f"{self.layout} {self.config}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best of some candidates; the others, quickest first; and for those that cannot run, why."""
+
+    best: Candidate
+    others: tuple[Candidate, ...] = ()
+    refused: tuple[tuple[str, str], ...] = ()
+
+    def explain(self) -> str:
+        """One line: what was chosen, and why the others were not."""
+        how = "measured" if self.best.measured else "estimated"
+        text = f"{self.best.name}: {how} {self.best.seconds * 1e6:.0f} µs"
+        if self.others:
+            text += "; slower: " + ", ".join(f"{c.name} {c.seconds * 1e6:.0f} µs" for c in self.others)
+        return text + "".join(f"; not {name}: {reason}" for name, reason in self.refused)
+
+
+def estimated(problem: Problem, device: torch.device) -> tuple[list[Candidate], list[tuple[str, str]]]:
+    """The kernels' candidates by the model, quickest first; the layouts that cannot run, with the reason."""
+    found: list[Candidate] = []
+    refused: list[tuple[str, str]] = []
+    tf32 = torch.backends.cudnn.allow_tf32 if problem.precision is None else problem.precision != "ieee"
+    for layout in ("phases", "columns") if problem.transposed else ("plain", "rows"):
+        reason = refuses(layout, problem.transposed, problem.stride, problem.kernel, problem.out_channels)
+        if layout == "rows" and problem.statistics:
+            reason = "it gathers no statistics"
+        if reason:
+            refused.append((layout, reason))
+            continue
+        geometry = _packed(problem, layout, torch.device("meta")).geometry
+        itemsize = problem.dtype.itemsize
+        order = ranked(
+            geometry, problem.images, *problem.out_size, itemsize, problem.pending, tf32, machine(device)
+        )
+        found += [Candidate(layout, config, seconds) for seconds, config in order]
+    return sorted(found, key=lambda c: c.seconds), refused
+
+
+def _packed(problem: Problem, layout: str, device: torch.device) -> Packed:
+    return pack(
+        _weight(problem, device),
+        problem.transposed,
+        problem.dtype,
+        stride=problem.stride,
+        padding=problem.padding,
+        channels=problem.channels,
+        layout=layout,
+    )
+
+
+def _weight(problem: Problem, device: torch.device) -> torch.Tensor:
+    ends = sum(problem.channels), problem.out_channels
+    shape = *(ends if problem.transposed else ends[::-1]), *problem.kernel
+    # Not all zeros: multiplying by zero takes less power, so that clocks stay higher.
+    w = torch.randn(shape, dtype=problem.dtype, device=device) * 0.05
+    return w.contiguous(memory_format=torch.channels_last)
+
+
+def choose(problem: Problem, device: torch.device, library: bool = True) -> Choice:
+    """The quickest way to do a convolution on a device.
+
+    Args:
+        device: where it will run; of a CPU (Triton's interpreter), only the model is asked.
+        library: whether the library's convolution between passes is a candidate; an estimate never picks it.
+
+    Raises:
+        ValueError: ``P2PFAST_TUNE`` has an unknown value.
+    """
+    mode = tuning()
+    found, refused = estimated(problem, device)
+    if device.type != "cuda" or mode == "off":
+        return Choice(found[0], tuple(found[1:]), tuple(refused))
+    window = problem.kernel, problem.stride, problem.padding, problem.transposed
+    reason = library_refuses(problem.size, problem.out_size, *window) if library else "not asked for"
+    if reason:
+        refused.append(("library", reason))
+    signature = _signature(problem, device, reason is None)
+    known = None if mode == "force" else _known(signature)
+    if known is None:
+        timed = []
+        for c in [c for c in found if c.seconds < _WORTH_MEASURING * found[0].seconds][:_MOST_MEASURED]:
+            timed.append(
+                dataclasses.replace(c, seconds=_time(runner(problem, c, device), device), measured=True)
+            )
+        if reason is None:
+            guess = Candidate(None, None, 0.0, True)
+            timed.append(dataclasses.replace(guess, seconds=_time(runner(problem, guess, device), device)))
+        known = sorted(timed, key=lambda c: c.seconds)
+        _remember(signature, known)
+    return Choice(known[0], tuple(known[1:]), tuple(refused))
+
+
+def runner(problem: Problem, candidate: Candidate, device: torch.device) -> Callable[[], None]:
+    """Runs a candidate on random data of its own."""
+    n, dtype = problem.images, problem.dtype
+    sources = []
+    for c in problem.channels:
+        x = torch.randn(n, *problem.size, c, dtype=dtype, device=device)
+        norm = torch.rand(2, n, c, device=device) + 0.5 if problem.pending else None
+        sources.append(Source(x) if norm is None else Source(x, norm[0], norm[1], "relu"))
+    out = torch.empty(n, *problem.out_size, problem.out_channels, dtype=dtype, device=device)
+    how: dict[str, Any] = {"stride": problem.stride, "padding": problem.padding, "pad_mode": problem.pad_mode}
+    if candidate.layout is None or candidate.config is None:
+        weight = _weight(problem, device)
+
+        def by_library() -> None:
+            library_conv(
+                sources,
+                weight,
+                None,
+                out,
+                **how,
+                transposed=problem.transposed,
+                statistics=problem.statistics,
+            )
+
+        return by_library
+    packed = _packed(problem, candidate.layout, device)
+    partial = count = None
+    if problem.statistics:
+        number = parts(packed, *problem.out_size, candidate.config)
+        partial = torch.empty(n, number, 2, problem.out_channels, device=device)
+        count = torch.empty(number, device=device)
+
+    def by_kernel() -> None:
+        conv(
+            sources,
+            packed,
+            None,
+            out,
+            **how,
+            partial=partial,
+            count=count,
+            config=candidate.config,
+            precision=problem.precision,
+        )
+
+    return by_kernel
+
+
+def _time(run: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one run inside a CUDA graph, which has no pauses between launches; the least of a few."""
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # compiles the kernel, and lets the library choose its own
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for _ in range(_REPEATS):
+                run()
+        best = float("inf")
+        for _ in range(_RUNS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            best = min(best, float(start.elapsed_time(end)) * 1e-3 / _REPEATS)
+        return best
+
+
+def _signature(problem: Problem, device: torch.device, library: bool) -> str:
+    """What a choice depends on: the problem, the device and the versions of what runs there."""
+    import triton
+
+    from p2pfast import __version__
+
+    about = (
+        dataclasses.astuple(problem),
+        torch.cuda.get_device_name(device),
+        torch.version.cuda,
+        torch.backends.cudnn.version(),
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+        triton.__version__,
+        __version__,
+        library,
+    )
+    return hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:32]
+
+
+def _path() -> Path:
+    return cache_folder() / "gpu-tiles.json"
+
+
+def _read() -> dict[str, Any]:
+    try:
+        stored = json.loads(_path().read_text())
+    except (OSError, ValueError):
+        return {}
+    return stored if isinstance(stored, dict) else {}
+
+
+def _known(signature: str) -> list[Candidate] | None:
+    """Candidates in the cache, quickest first; None if there are none, or if the file is not such a file."""
+    try:
+        rows = _read()[signature]
+        found = [
+            Candidate(layout, None if tile is None else Config(*map(int, tile)), float(seconds), True)
+            for layout, tile, seconds in rows
+        ]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return found or None
+
+
+def _remember(signature: str, found: list[Candidate]) -> None:
+    """Adds candidates to the cache, beside what another process added; an unwritable folder is no error."""
+    rows = [
+        [c.layout, None if c.config is None else list(dataclasses.astuple(c.config)), c.seconds]
+        for c in found
+    ]
+    path = _path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump({**_read(), signature: rows}, file)
+        os.replace(file.name, path)
+    except OSError:
+        return

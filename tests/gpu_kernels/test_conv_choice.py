@@ -1,0 +1,155 @@
+"""Choosing a kernel's layout and tiles, and the library's convolution that competes with them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from p2pfast.ops.conv.reference import conv_reference
+
+pytest.importorskip("triton")
+
+from p2pfast.ops.conv.gpu import choice  # noqa: E402
+from p2pfast.ops.conv.gpu.configs import Machine  # noqa: E402
+from p2pfast.ops.conv.triton import Candidate, Config, Problem, Source, choose, library_conv  # noqa: E402
+
+TRUNK = Problem(1, (32, 64), (32, 64), (1024,), 1024, (3, 3), padding=(1, 1), pad_mode="reflect")
+CPU = torch.device("cpu")
+
+
+def test_the_model_prefers_what_fits_the_shape() -> None:
+    wide = choose(TRUNK, CPU)
+    assert wide.best.layout == "plain" and wide.best.config is not None
+    assert (wide.best.config.bm, wide.best.config.bn) == (128, 128)
+    assert (
+        not wide.best.measured and "estimated" in wide.explain() and "gathers no statistics" in wide.explain()
+    )
+    narrow = replace(TRUNK, size=(512, 1024), out_size=(512, 1024), channels=(64,), out_channels=64)
+    config = choose(narrow, CPU).best.config
+    assert config is not None and config.bn == 64
+    tiny = replace(TRUNK, size=(2, 2), out_size=(2, 2), channels=(512,), out_channels=512)
+    config = choose(tiny, CPU).best.config
+    assert config is not None and config.bm <= 32
+
+
+def test_the_model_prefers_folded_columns_where_they_help() -> None:
+    head = replace(
+        TRUNK, size=(1024, 2048), out_size=(1024, 2048), channels=(32,), out_channels=3, statistics=False
+    )
+    head = replace(head, kernel=(7, 7), padding=(3, 3))
+    assert choose(head, CPU).best.layout == "rows"
+    up = Problem(1, (512, 1024), (1024, 2048), (64,), 32, (3, 3), 2, (1, 1), transposed=True)
+    assert choose(up, CPU).best.layout == "columns"
+    wide = replace(up, size=(32, 64), out_size=(64, 128), channels=(1024,), out_channels=512)
+    assert choose(wide, CPU).best.layout == "phases"
+
+
+def test_measured_choices_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that is given: the GPU's own cannot run everywhere."""
+    monkeypatch.setenv("P2PFAST_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("P2PFAST_TUNE", "on")
+    times = iter([3e-5, 1e-5, 2e-5, 4e-5, 5e-5, 6e-5, 7e-5])
+    asked: list[str] = []
+    monkeypatch.setattr(choice, "_time", lambda run, device: next(times))
+    monkeypatch.setattr(choice, "machine", lambda device: Machine())
+    monkeypatch.setattr(choice, "_signature", lambda *about: "shape")
+
+    def runner(problem: Problem, candidate: Candidate, device: torch.device) -> None:
+        asked.append(candidate.name)
+
+    monkeypatch.setattr(choice, "runner", runner)
+    device = torch.device("cuda")
+    first = choose(TRUNK, device)
+    assert first.best.measured and first.best.name == asked[1] and first.best.seconds == 1e-5
+    assert "library" in asked and "measured 10 µs" in first.explain()
+    count = len(asked)
+    assert choose(TRUNK, device) == first and len(asked) == count
+    (tmp_path / "gpu-tiles.json").write_text(json.dumps({"shape": [["plain", [1, 2], 3]]}))
+    times = iter([1.0] * 9)
+    choose(TRUNK, device)
+    assert len(asked) > count  # an entry that makes no sense is measured again
+    monkeypatch.setenv("P2PFAST_TUNE", "off")
+    assert not choose(TRUNK, device).best.measured
+
+
+@pytest.mark.gpu
+def test_measures_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("P2PFAST_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("P2PFAST_TUNE", "on")
+    found = choose(TRUNK, torch.device("cuda"))
+    assert found.best.measured and found.best.seconds > 0
+    assert choose(TRUNK, torch.device("cuda")) == found
+
+
+LIBRARY = {
+    "reflect": (Problem(2, (4, 5), (4, 5), (6,), 5, (3, 3), padding=(1, 1), pad_mode="reflect"), 0),
+    "two sources, stride 2": (Problem(2, (6, 5), (3, 3), (6, 4), 5, (3, 3), 2, (1, 1)), 0),
+    "uneven padding": (Problem(1, (6, 6), (3, 3), (6,), 5, (4, 4), 2, (1, 1), pad_mode="replicate"), 0),
+    "transposed": (Problem(2, (3, 4), (6, 8), (6,), 5, (3, 3), 2, (1, 1), transposed=True), 1),
+}
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_library_does_the_same(name: str, device: str) -> None:
+    problem, output_padding = LIBRARY[name]
+    problem = replace(problem, dtype=torch.float32)
+    x = [torch.randn(problem.images, *problem.size, c, device=device) for c in problem.channels]
+    total = sum(problem.channels)
+    ends = (total, problem.out_channels) if problem.transposed else (problem.out_channels, total)
+    weight, bias = (
+        torch.randn(*ends, *problem.kernel, device=device),
+        torch.randn(problem.out_channels).to(device),
+    )
+    scale, shift = torch.rand(total, device=device) + 0.5, torch.randn(total, device=device)
+    added = torch.randn(problem.images, *problem.out_size, problem.out_channels, device=device)
+    out = torch.full(added.shape, float("nan"), device=device)
+    parts_of = scale.split(list(problem.channels)), shift.split(list(problem.channels))
+    found = library_conv(
+        [Source(t, s, b, "relu") for t, s, b in zip(x, *parts_of, strict=True)],
+        weight,
+        bias,
+        out,
+        stride=problem.stride,
+        padding=problem.padding,
+        pad_mode=problem.pad_mode,
+        transposed=problem.transposed,
+        act="tanh",
+        residual=Source(added),
+        statistics=True,
+    )
+    raw = conv_reference(
+        [t.permute(0, 3, 1, 2).double() for t in x],
+        weight.double(),
+        bias.double(),
+        problem.stride,
+        problem.padding[0],
+        output_padding,
+        problem.transposed,
+        problem.pad_mode,
+        scale.double(),
+        shift.double(),
+        "relu",
+    )
+    truth = torch.tanh(raw + added.permute(0, 3, 1, 2).double())
+    torch.testing.assert_close(
+        out.permute(0, 3, 1, 2).double(), truth, rtol=0, atol=1e-2 if device == "cuda" else 1e-4
+    )
+    assert found is not None and float(found[1].sum()) == raw.shape[2] * raw.shape[3]
+
+
+def test_candidates_run(device: str) -> None:
+    """What a measurement times: each layout, and the library."""
+    down = Problem(1, (3, 4), (3, 4), (17,), 3, (3, 3), padding=(1, 1), dtype=torch.float32)
+    up = replace(down, out_size=(6, 8), stride=2, transposed=True)
+    small = Config(16, 16, 32)
+    for problem, layout, config in (
+        (down, "plain", small),
+        (replace(down, statistics=False), "rows", small),
+        (up, "columns", small),
+        (down, None, None),
+    ):
+        choice.runner(problem, Candidate(layout, config, 0.0), torch.device(device))()
