@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from p2pfast.fuse.optimize import Optimized
+from p2pfast.fuse.training import TrainingEngine
 from p2pfast.runtime.cpu import CpuEngine
 from p2pfast.runtime.gpu.engine import CudaEngine
 from p2pfast.runtime.gpu.plan import GpuPlan
@@ -113,6 +114,11 @@ def _explain(model: nn.Module, prefix: str) -> Explanation:
             )
         found.unfused += [(prefix + name, reason) for name, reason in graph.notes]
         found.memory = f"{_memory(state.engine, plan)}; {state.engine.how()}"
+    elif isinstance(state.engine, TrainingEngine):
+        program = state.engine.last
+        for part in program.reports:
+            found.rows.append(Row(prefix + part.name, part.kernel, part.detail, part.seconds, 0.0, 0.0))
+        found.unfused += [(prefix + name, reason) for name, reason in program.notes]
     else:
         plan, graph, seconds = state.engine.last
         for index, report in enumerate(plan.reports):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import types
@@ -11,8 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import _StopRecomputationError
 
 from p2pfast.fuse.source import CannotFollow, CannotRun, ModuleSource
+from p2pfast.fuse.training import TrainingEngine
 from p2pfast.labelmap import LabelMap
 from p2pfast.runtime.cpu import STORED, CpuEngine
 from p2pfast.runtime.gpu import engine as gpu
@@ -24,7 +27,7 @@ _MODES = ("inference", "train")
 _BACKENDS = ("auto", "cpu", "cuda", "reference")
 _ACCURACIES = ("default", "fast")
 
-AnyEngine = CpuEngine | gpu.CudaEngine
+AnyEngine = CpuEngine | gpu.CudaEngine | TrainingEngine
 
 
 def _clone(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
@@ -124,14 +127,13 @@ class _State:
         self.reason: str | None = None
         self.failed: set[str] = set()
         self.engines: dict[tuple[torch.dtype, torch.dtype, torch.device], AnyEngine] = {}
+        self.trainers: dict[torch.dtype, TrainingEngine] = {}
         self.engine: AnyEngine | None = None  # of the last call
         self.pieces: dict[str, tuple[nn.Module, str]] = {}
         self.source: ModuleSource | None = None
         self.never: str | None = None
         if options["backend"] == "reference":
             self.never = "backend='reference'"
-        elif options["mode"] == "train":
-            self.never = "mode='train': the fused backward pass is not there yet, training runs in PyTorch"
         self.reason = self.never
         limit = options["memory_limit"]
         self.memory_limit = None if limit is None else parse_bytes(limit)
@@ -162,6 +164,12 @@ class _State:
             raise CannotRun(f"dtype {wrong} has no native kernels; choose {known}")
         if self.source is None:
             self.source = ModuleSource(self.plain)
+        if self._trains():
+            if device.type != "cpu":
+                raise CannotRun(f"mode='train': on {device} training runs in PyTorch")
+            if native not in self.trainers:
+                self.trainers[native] = TrainingEngine(self.source, native, self._add_piece)
+            return self.trainers[native]
         key = (dtype, native, device)
         if key not in self.engines:
             if on_gpu:
@@ -211,6 +219,10 @@ class _State:
             )
         raise CannotRun(missing)
 
+    def _trains(self) -> bool:
+        """Whether a call keeps what gradients need; one in eval mode without gradients infers."""
+        return self.options["mode"] == "train" and (torch.is_grad_enabled() or self.plain.training)
+
     def _add_piece(self, path: str, module: nn.Module, reason: str) -> None:
         """A submodule that runs whole gets an engine of its own, and calls it where it is called."""
         if path in self.pieces or not _worth_fusing(module):
@@ -235,7 +247,8 @@ class _State:
         try:
             engine = self._engine()
             self._check_dtypes(args, kwargs)
-            result = engine.run(args, kwargs)
+            with self._precision():
+                result = engine.run(args, kwargs)
             self.engine, self.reason = engine, None
             return result
         except CannotFollow as why:
@@ -247,8 +260,17 @@ class _State:
             return self._original(args, kwargs)
         except (OutOfMemory, require.CannotUseGpu):
             raise  # PyTorch would need more memory; and what was asked for is not there
+        except _StopRecomputationError:
+            raise  # a checkpoint has all that it wanted
         except Exception as error:
             return self._recover(error, args, kwargs)
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        """What ``dtype`` means in training: autocast; parameters and their gradients stay as they are."""
+        dtype = self.options["dtype"]
+        if dtype is None or not self._trains() or dtype == getattr(self._parameter(), "dtype", dtype):
+            return contextlib.nullcontext()
+        return torch.autocast("cpu", dtype)
 
     def _check_dtypes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         parameter = self._parameter()
@@ -280,8 +302,9 @@ class _State:
         args = tuple(_densified(a, native) for a in args)
         kwargs = {k: _densified(v, native) for k, v in kwargs.items()}
         forward = _original_of(self.plain).forward
-        if self.options["mode"] == "train":
-            return forward(self.plain, *args, **kwargs)
+        if self._trains():
+            with self._precision():
+                return forward(self.plain, *args, **kwargs)
         with torch.no_grad():
             result = forward(self.plain, *args, **kwargs)
             if dtype is None or dtype == native:
@@ -307,8 +330,11 @@ def optimize(
             :class:`p2pfast.LabelMap` instead of the dense tensor.
         dtype: precision of stored intermediate tensors and of the result, ``torch.float32``,
             ``torch.bfloat16`` or, on CUDA devices, ``torch.float16``; None keeps the parameters' own.
-            Accumulation is always in float32.
-        mode: ``"inference"`` runs without gradients; ``"train"`` keeps them.
+            Accumulation is always in float32. In training the network runs as under ``torch.autocast`` with
+            this dtype.
+        mode: ``"inference"`` runs without gradients; ``"train"`` keeps them: each convolution with its norm,
+            residual addition and activation is one step, forward and backward. In eval mode without
+            gradients a network in ``"train"`` runs as one in ``"inference"`` does.
         backend: ``"auto"`` runs where the parameters are, and in PyTorch, with a warning, on a GPU that
             cannot be used; ``"cpu"`` and ``"cuda"`` insist; ``"reference"`` is the module itself, to compare
             with.

@@ -16,6 +16,7 @@ from p2pfast.fuse.shapes import UNKNOWN, Evaluator
 from p2pfast.fuse.trace import Traced, Untraceable, example, has_hooks, trace
 from p2pfast.labelmap import LabelMap
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, slice, type(Ellipsis))
 _CPU = torch.device("cpu")
 
@@ -143,8 +144,9 @@ class ModuleSource:
             parts.append(held["training"])
             if held["_modules"]:
                 parts += map(id, held["_modules"].values())
-            if held["_forward_hooks"] or held["_forward_pre_hooks"]:
-                parts.append((*held["_forward_hooks"], "pre", *held["_forward_pre_hooks"]))
+            tables = [held[name] for name in _HOOKS]
+            if any(tables):
+                parts.append(tuple(tuple(table) for table in tables))
             kind = type(module)
             if kind.__module__.startswith("torch.nn.modules."):
                 if isinstance(module, nn.modules.dropout._DropoutNd):

@@ -153,6 +153,7 @@ class _Tracer(fx.Tracer):
         self.evaluating = False
         self.failed: nn.Module | None = None
         self.autocast = torch.is_autocast_enabled(device.type)
+        self.gradients = torch.is_grad_enabled()
         self.spec: Any = None
 
     def following(self) -> bool:
@@ -213,6 +214,8 @@ class _Tracer(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         if torch.is_autocast_enabled(self.device.type) != self.autocast:
             raise Untraceable("its forward switches autocast")
+        if self.gradients and not torch.is_grad_enabled():
+            raise Untraceable("its forward switches gradients off")
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if kind not in ("placeholder", "output"):
             whole = kind == "call_module" and stays_whole(self.root.get_submodule(target), self.opaque)

@@ -79,7 +79,7 @@ class Chain:
         weight = bias = None
         if norm is not None:
             weight, bias = norm.weight, norm.bias
-            options |= {"norm": _kind(norm, _NORMS), "eps": norm.eps, **_statistics(norm)}
+            options |= {"norm": _kind(norm, _NORMS), "eps": norm.eps, **norm_statistics(norm)}
         if self.conv is None:
             return functional.instance_norm_act(x, weight, bias, **options)
         if norm is None:
@@ -109,7 +109,7 @@ def _kind(module: nn.Module, table: dict[type[nn.Module], str]) -> str:
     return next(name for kind, name in table.items() if isinstance(module, kind))
 
 
-def _statistics(norm: Any) -> dict[str, Any]:
+def norm_statistics(norm: Any) -> dict[str, Any]:
     """What the norm does with its statistics in this call; counts the batch as BatchNorm does."""
     own = norm.training or norm.running_mean is None
     if isinstance(norm, nn.InstanceNorm2d):

@@ -28,6 +28,7 @@ from p2pfast import _C
 T = TypeVar("T")
 
 _REPEATS = 2  # timed runs of each way after one to warm up; the least counts
+_MOST_REPEATS = 20
 _chosen: dict[tuple[object, ...], str] = {}
 
 
@@ -58,8 +59,8 @@ def fastest(key: tuple[object, ...], *ways: Callable[[], T]) -> T:
     return next(way for way in ways if way.__name__ == pick(key, *ways))()
 
 
-def pick(key: tuple[object, ...], *ways: Callable[[], object], repeats: int = _REPEATS) -> str:
-    """The name of the fastest of ``ways``, as :func:`fastest` takes it."""
+def pick(key: tuple[object, ...], *ways: Callable[[], object], seconds: float = 0.0) -> str:
+    """The name of the fastest of ``ways``, as :func:`fastest` takes it; each is timed for ``seconds``."""
     if len(ways) == 1 or torch.are_deterministic_algorithms_enabled() or tuning() == "off":
         return ways[-1].__name__
     key = (
@@ -69,11 +70,11 @@ def pick(key: tuple[object, ...], *ways: Callable[[], object], repeats: int = _R
         os.environ.get("P2PFAST_CACHE_DIR"),
     )
     if key not in _chosen:
-        _chosen[key] = _choose(key[:-1], ways, repeats)
+        _chosen[key] = _choose(key[:-1], ways, seconds)
     return _chosen[key]
 
 
-def _choose(key: tuple[object, ...], ways: tuple[Callable[[], object], ...], repeats: int) -> str:
+def _choose(key: tuple[object, ...], ways: tuple[Callable[[], object], ...], seconds: float) -> str:
     from p2pfast import __version__
 
     machine = (_C.processor_name(), _C.active_level(), __version__, torch.__version__)
@@ -83,17 +84,17 @@ def _choose(key: tuple[object, ...], ways: tuple[Callable[[], object], ...], rep
     known = None if again else _read(path).get(signature)
     if known in names:
         return known
-    times = [_seconds(way, repeats) for way in ways]
+    times = [_seconds(way, seconds) for way in ways]
     return _settle(path, signature, names[times.index(min(times))], names, again)
 
 
-def _seconds(way: Callable[[], object], repeats: int) -> float:
+def _seconds(way: Callable[[], object], seconds: float) -> float:
     way()
-    best = float("inf")
-    for _ in range(repeats):
+    best, begin, done = float("inf"), time.perf_counter(), 0
+    while done < _REPEATS or (time.perf_counter() - begin < seconds and done < _MOST_REPEATS):
         start = time.perf_counter()
         way()
-        best = min(best, time.perf_counter() - start)
+        best, done = min(best, time.perf_counter() - start), done + 1
     return best
 
 

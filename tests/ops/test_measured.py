@@ -60,11 +60,11 @@ def test_the_first_process_decides(folder: Path, monkeypatch: pytest.MonkeyPatch
     """Another process has measured the same at the same time, and found another way faster."""
     original = measured._seconds
 
-    def late(way: object, repeats: int) -> float:
+    def late(way: object, seconds: float) -> float:
         if way is slow:
             (signature,) = found
             (folder / "ways.json").write_text(json.dumps({signature: "slow"}))
-        return original(way, repeats)  # type: ignore[arg-type]
+        return original(way, seconds)  # type: ignore[arg-type]
 
     measured.fastest(("key",), quick, slow)
     found = json.loads((folder / "ways.json").read_text())

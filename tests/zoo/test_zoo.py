@@ -15,6 +15,7 @@ from zoo.counting import convolutions, fused_convolutions
 from zoo.registry import ZOO
 
 import p2pfast
+from p2pfast.fuse import training
 
 BATCH = 3  # a batch norm over one pixel of two images turns every value into a sign
 
@@ -109,12 +110,17 @@ def gradients(
     return result, found, tuple(x.grad for x in inputs if x.grad is not None)
 
 
-@pytest.mark.parametrize("name", list(ZOO))
-def test_training(name: str) -> None:
+# Half of the zoo on images as they are given, half in channels_last, which is as good as all in both.
+@pytest.mark.parametrize(("name", "last"), [(name, i % 2 == 0) for i, name in enumerate(ZOO)])
+def test_training(name: str, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "_suits_channels_last", lambda program: last)
     net, inputs = make(name)
     wide, eager = copy.deepcopy(net).double(), copy.deepcopy(net)
+    total = convolutions(net, inputs)
     fast = p2pfast.optimize(net, mode="train")
     result, of_parameters, of_inputs = gradients(fast, inputs)
+    steps = [row.kernel for row in p2pfast.explain(fast).rows]
+    assert steps.count("training") == total, str(p2pfast.explain(fast))
     expected, wide_parameters, wide_inputs = gradients(wide, double(inputs))
     eager_result, eager_parameters, eager_inputs = gradients(eager, inputs)
     exact = not ZOO[name].random
@@ -129,6 +135,8 @@ def test_training(name: str) -> None:
         scale = 1e-3 * largest
         bound = max(1e-3, 2 * relative(g, e, scale)) if exact else 2e-3
         assert relative(f, e if exact else g, scale) <= bound
+    for (key, a), (_, b) in zip(fast.named_buffers(), eager.named_buffers(), strict=True):
+        assert a.dtype == b.dtype and torch.allclose(a, b, rtol=1e-4, atol=1e-5), key
 
 
 @pytest.mark.parametrize("name", list(ZOO))

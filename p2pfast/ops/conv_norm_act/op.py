@@ -300,6 +300,7 @@ class _ConvNormAct(torch.autograd.Function):
         return y, raw, mean, variance
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)  # the backward pass may be called under it too
     def backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * 9

@@ -1,0 +1,107 @@
+"""Training: which way a traced network runs, by measurement, and running it."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.utils import _pytree as pytree
+
+from p2pfast.fuse.source import CannotRun, Captured, ModuleSource
+from p2pfast.fuse.steps import CHAINS, CHANNELS_LAST, MODULES, Program, convolution_size
+from p2pfast.fuse.trial import Trial
+from p2pfast.labelmap import LabelMap
+
+_MOST_PROGRAMS = 64  # kinds of input and states of the module that are remembered
+_NATIVE = ((3, 1), (3, 2), (4, 2))  # kernels and strides
+
+
+class TrainingEngine:
+    """Runs ``source`` with gradients; ``native`` is the dtype of its parameters, ``on_piece(path, module,
+    reason)`` is called for each submodule that runs whole.
+
+    A network's first call tries the ways to run it: as it is, and with its chains as steps, on images in the
+    given layout or in channels_last. What is fastest forward and backward is remembered on disk.
+    """
+
+    def __init__(
+        self, source: ModuleSource, native: torch.dtype, on_piece: Callable[[str, nn.Module, str], None]
+    ) -> None:
+        self.source, self.native, self.on_piece = source, native, on_piece
+        self.lock = threading.RLock()
+        self.programs: dict[Any, Program] = {}
+        self.ways: dict[Any, str] = {}
+        self.last: Program | None = None
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the network returns for these arguments.
+
+        Raises CannotRun, with the reason, for what is left to PyTorch.
+        """
+        if torch_module._has_any_global_hook():
+            raise CannotRun("there are hooks on all modules")
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise CannotRun("torch.func transforms it")
+        if torch.autograd.forward_ad._current_level >= 0:
+            raise CannotRun("forward-mode derivatives are taken")
+        key, tensors, arguments = self.source.bind(args, kwargs)
+        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        state = (autocast, torch.is_grad_enabled(), torch.get_num_threads())
+        tensors = [value.dense(self.native) if isinstance(value, LabelMap) else value for value in tensors]
+        program = self.programs.get((key, state))
+        if program is None:
+            with self.lock:
+                program = self.programs.get((key, state))
+                if program is None:
+                    captured = self.source.capture(arguments, tensors, self.native)
+                    for path, module, reason in self.source.pieces(captured):
+                        self.on_piece(path, module, reason)
+                    result = None
+                    if not captured.complete:
+                        result = (pytree.tree_unflatten(list(captured.learn(tensors)), captured.spec),)
+                    size = round(math.log2(max(1, sum(t.numel() for t in tensors))))
+                    program = self._best(captured, tensors, (key[0], state, size))
+                    self._remember((key, state), program)
+                    if result is not None:
+                        self.last = program
+                        return result[0]
+        self.last = program
+        if program.way == MODULES:
+            raise CannotRun("its modules are as fast as their chains in one step")
+        return program.run(tensors)
+
+    def _remember(self, key: Any, program: Program) -> None:
+        self.programs[key] = program
+        while len(self.programs) > _MOST_PROGRAMS:
+            self.programs.pop(next(iter(self.programs)))
+
+    def _best(self, captured: Captured, tensors: list[Any], kind: Any) -> Program:
+        """The fastest program; networks of a kind differ in sizes only, by less than a factor of two."""
+        chains = Program(captured, CHAINS)
+        if not chains.chains:
+            return Program(captured, MODULES)
+        if kind not in self.ways:
+            likely = [CHAINS, CHANNELS_LAST]
+            if not _suits_channels_last(chains):
+                likely.reverse()
+            self.ways[kind] = Trial(captured, tensors).fastest([MODULES, *likely])
+        way = self.ways[kind]
+        return chains if way == CHAINS else Program(captured, way)
+
+
+def _suits_channels_last(program: Program) -> bool:
+    """Whether the native kernels, which take no other layout, save most of the multiplications: a guess where
+    nothing is measured."""
+    total = native = 0
+    for chain in program.chains:
+        if chain.conv is None:
+            continue
+        kernel, stride, done = convolution_size(chain)
+        total += done
+        native += done if (kernel, stride) in _NATIVE else 0
+    return 2 * native > total

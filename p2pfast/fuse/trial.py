@@ -1,0 +1,95 @@
+"""Trying the ways to train a network on a call's own inputs, without leaving a mark on it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from p2pfast.fuse.source import Captured
+from p2pfast.fuse.steps import Program
+from p2pfast.fuse.trace import has_hooks
+from p2pfast.ops import measured
+
+_SECONDS = 0.2  # for each way; quick networks run several times
+
+
+class Trial:
+    """The ways of ``captured`` on ``tensors``."""
+
+    def __init__(self, captured: Captured, tensors: list[Any]) -> None:
+        self.captured, self.tensors = captured, tensors
+
+    def fastest(self, ways: list[str]) -> str:
+        """The fastest way; the last where a trial would be seen or measuring is switched off."""
+        if self._would_be_seen():
+            return ways[-1]
+        runs = [self._run(way) for way in ways]
+        with self._unmarked():
+            return measured.pick(("training", self._signature()), *runs, seconds=_SECONDS)
+
+    def _would_be_seen(self) -> bool:
+        """Whether code of the user's would run along: hooks, modules that cannot be followed."""
+        root = self.captured.root
+        if self.captured.traced.opaque or any(has_hooks(m) for m in root.modules() if m is not root):
+            return True
+        if any(p._backward_hooks for p in root.parameters()):
+            return True
+        return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+    def _signature(self) -> str:
+        """The network and its shapes, in words that another process would use too."""
+        words: list[str] = [str(torch.is_grad_enabled())]
+        if torch.is_autocast_enabled("cpu"):
+            words.append(str(torch.get_autocast_dtype("cpu")))
+        for node in self.captured.traced.graph.nodes:
+            value = node.meta.get("val")
+            shape = (tuple(value.shape), value.stride(), value.dtype) if isinstance(value, Tensor) else None
+            target = getattr(node.target, "__name__", str(node.target))
+            if node.op == "call_module":
+                target = repr(self.captured.traced.fetch(str(node.target)))
+            words.append(f"{node.op} {target} {shape} {[n.name for n in node.all_input_nodes]}")
+        words += [str(value.requires_grad) for value in self.tensors if isinstance(value, Tensor)]
+        words.append(str([p.requires_grad for p in self.captured.root.parameters()]))
+        return hashlib.sha256("\n".join(words).encode()).hexdigest()
+
+    def _run(self, way: str) -> Callable[[], None]:
+        parameters = [p for p in self.captured.root.parameters() if p.requires_grad]
+        made: list[Program] = []
+
+        def run() -> None:
+            if not made:
+                made.append(Program(self.captured, way))
+            inputs = [_apart(value) for value in self.tensors]
+            leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+            results = pytree.tree_leaves(made[0].run(inputs))
+            outputs = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
+            if outputs:
+                ones = [torch.ones_like(t) for t in outputs]
+                torch.autograd.grad(outputs, [*parameters, *leaves], ones, allow_unused=True)
+
+        run.__name__ = way
+        return run
+
+    @contextmanager
+    def _unmarked(self) -> Iterator[None]:
+        """Puts back buffers and the state of the random generator."""
+        root: nn.Module = self.captured.root
+        kept = [(buffer, buffer.clone()) for buffer in root.buffers()]
+        state = torch.get_rng_state()
+        try:
+            yield
+        finally:
+            torch.set_rng_state(state)
+            with torch.no_grad():
+                for buffer, before in kept:
+                    buffer.copy_(before)
+
+
+def _apart(value: Any) -> Any:
+    return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
