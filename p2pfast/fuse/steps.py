@@ -88,7 +88,12 @@ class _ChainStep:
 
     def __call__(self, values: dict[str, Any]) -> Tensor:
         start = time.perf_counter()
-        result = self._run(values)
+        if torch.is_grad_enabled():
+            result = self._run(values)
+        else:
+            # The same kernels as with gradients: a pass that is repeated gives the same to the last bit.
+            with torch.enable_grad():
+                result = self._run(values).detach()
         self.report.seconds = time.perf_counter() - start
         return result
 

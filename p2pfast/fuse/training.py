@@ -51,12 +51,14 @@ class TrainingEngine:
             raise CannotRun("forward-mode derivatives are taken")
         key, tensors, arguments = self.source.bind(args, kwargs)
         autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        state = (autocast, torch.is_grad_enabled(), torch.get_num_threads())
+        # Without gradients a network runs in the same way, and computes the same numbers.
+        state = (autocast, torch.get_num_threads())
         tensors = [value.dense(self.native) if isinstance(value, LabelMap) else value for value in tensors]
-        program = self.programs.get((key, state))
+        program_key = (key, state, torch.is_grad_enabled())
+        program = self.programs.get(program_key)
         if program is None:
             with self.lock:
-                program = self.programs.get((key, state))
+                program = self.programs.get(program_key)
                 if program is None:
                     captured = self.source.capture(arguments, tensors, self.native)
                     for path, module, reason in self.source.pieces(captured):
@@ -66,7 +68,7 @@ class TrainingEngine:
                         result = (pytree.tree_unflatten(list(captured.learn(tensors)), captured.spec),)
                     size = round(math.log2(max(1, sum(t.numel() for t in tensors))))
                     program = self._best(captured, tensors, (key[0], state, size))
-                    self._remember((key, state), program)
+                    self._remember(program_key, program)
                     if result is not None:
                         self.last = program
                         return result[0]

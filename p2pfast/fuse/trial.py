@@ -30,7 +30,7 @@ class Trial:
         if self._would_be_seen():
             return ways[-1]
         runs = [self._run(way) for way in ways]
-        with self._unmarked():
+        with self._unmarked(), torch.enable_grad():
             return measured.pick(("training", self._signature()), *runs, seconds=_SECONDS)
 
     def _would_be_seen(self) -> bool:
@@ -44,7 +44,7 @@ class Trial:
 
     def _signature(self) -> str:
         """The network and its shapes, in words that another process would use too."""
-        words: list[str] = [str(torch.is_grad_enabled())]
+        words: list[str] = []
         if torch.is_autocast_enabled("cpu"):
             words.append(str(torch.get_autocast_dtype("cpu")))
         for node in self.captured.traced.graph.nodes:

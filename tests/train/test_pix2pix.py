@@ -96,8 +96,8 @@ def test_mixed_precision_follows_float32(tiny: Callable[..., Config], amp: str) 
         for key, value in run.network.named_parameters():
             assert other[key].dtype == torch.float32
             # Adam's first step moves every weight by the learning rate, in the sign of its gradient.
-            agree = ((other[key] - value).abs() < 1e-4).float().mean()
-            assert agree > 0.8, (name, key, float(agree))
+            differ = ((other[key] - value).abs() >= 1e-4).sum()
+            assert differ <= max(1, 0.2 * value.numel()), (name, key, int(differ))
 
 
 @pytest.mark.parametrize("gan_mode", ["lsgan", "hinge", "wgangp"])
