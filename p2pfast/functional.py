@@ -21,12 +21,20 @@ from p2pfast.ops.cuda import native
 from p2pfast.ops.image_uint8.op import image_uint8
 from p2pfast.ops.image_uint8.reference import image_uint8_reference
 from p2pfast.ops.instance_edges.op import instance_edges
+from p2pfast.ops.instance_pool.op import instance_pool
 from p2pfast.ops.norm_act.op import norm_act
 
 gradients.register()
 autocast.register()
 
-__all__ = ["conv_norm_act", "image_to_uint8", "instance_edges", "instance_norm_act", "up_conv_norm_act"]
+__all__ = [
+    "conv_norm_act",
+    "image_to_uint8",
+    "instance_edges",
+    "instance_norm_act",
+    "instance_pool",
+    "up_conv_norm_act",
+]
 
 NORMS = ("instance", "batch", None)
 _DTYPES = (torch.float32, torch.bfloat16)

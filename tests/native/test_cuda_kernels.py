@@ -31,6 +31,9 @@ REGISTERS = {
     "LabelPackKernel": 64,
     "LossKernel": 64,
     "LossSumKernel": 64,
+    "PoolSumKernel": 64,
+    "PoolMeanKernel": 64,
+    "PoolWriteKernel": 40,
 }
 
 
