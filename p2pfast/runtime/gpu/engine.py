@@ -14,7 +14,7 @@ from p2pfast.fuse.source import GraphSource, ModuleSource
 from p2pfast.labelmap import LabelMap
 from p2pfast.runtime.engine import Dense, Engine, Prepared, update_running
 from p2pfast.runtime.gpu.frame import Frame, graphs_wanted, out_of_memory
-from p2pfast.runtime.gpu.kernels import Kernels, triton_kernels
+from p2pfast.runtime.gpu.kernels import Kernels, fused_kernels
 from p2pfast.runtime.gpu.lower import Lowering
 from p2pfast.runtime.gpu.plan import GpuPlan
 from p2pfast.runtime.gpu.require import WrongDevice
@@ -61,7 +61,7 @@ class CudaEngine(Engine):
         form: str | None = None,
     ) -> None:
         super().__init__(source, dtype, native, device, on_piece, memory_limit)
-        self.kernels = kernels if kernels is not None else triton_kernels()
+        self.kernels = kernels if kernels is not None else fused_kernels(device)
         self.frame_type, self.form = frame, form
         self.idle: dict[int, list[Frame]] = {}  # by plan
         self.refreshed: Any = None  # the event of the last change of packed weights

@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from p2pfast import _C
 from p2pfast.ops.conv import triton as convolutions
+from p2pfast.ops.cuda import launch, require_kernel
 from p2pfast.ops.gpu import on_device
 from p2pfast.ops.instance_edges.op import instance_edges
 from p2pfast.ops.label_conv.op import label_conv
 from p2pfast.ops.norm import triton as norms
 from p2pfast.runtime.gpu.kernels import Operand, Window
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def _image(x: Tensor) -> Tensor:
@@ -23,7 +27,10 @@ def _image(x: Tensor) -> Tensor:
 
 
 class FusedKernels:
-    """See :class:`p2pfast.runtime.gpu.kernels.Kernels`."""
+    """See :class:`p2pfast.runtime.gpu.kernels.Kernels`; ``device`` is where the tensors are."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return norms.statistics(_image(x))
@@ -112,14 +119,30 @@ class FusedKernels:
 
     # --- label maps --------------------------------------------------------------------------------
 
+    def _sizes(self, shape: dict[str, Any]) -> dict[str, int]:
+        require_kernel("label_conv", "label_conv", "the label map and the network")
+        sizes: dict[str, int] = _C.cuda_label_conv_sizes(_C.LabelConvShape(**shape))
+        return sizes
+
     def label_parts(self, shape: dict[str, Any]) -> int:
-        return 0
+        return self._sizes(shape)["parts"] if self.on_gpu else 0
 
     def label_scratch(self, shape: dict[str, Any]) -> int:
-        return 0
+        return self._sizes(shape)["scratch_bytes"] if self.on_gpu else 0
 
     def label_pack(self, shape: dict[str, Any], weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.cat([weight.reshape(-1), weight.new_zeros(shape["cout"]) if bias is None else bias])
+        if not self.on_gpu:
+            return torch.cat([weight.reshape(-1), weight.new_zeros(shape["cout"]) if bias is None else bias])
+        packed = torch.empty(self._sizes(shape)["packed_floats"], device=weight.device)
+        launch(
+            "label_conv_pack",
+            weight.device,
+            shape=_C.LabelConvShape(**shape),
+            weight=weight.data_ptr(),
+            bias=0 if bias is None else bias.data_ptr(),
+            packed=packed.data_ptr(),
+        )
+        return packed
 
     def label_conv(
         self,
@@ -132,12 +155,30 @@ class FusedKernels:
         partial: Tensor | None,
         count: Tensor | None,
     ) -> None:
+        if self.on_gpu:
+            launch(
+                "label_conv",
+                out.device,
+                shape=_C.LabelConvShape(**shape),
+                labels=labels.data_ptr(),
+                label_bytes=1,
+                edges=0 if edges is None else edges.data_ptr(),
+                ids=0,
+                id_bytes=0,
+                packed=packed.data_ptr(),
+                out=out.data_ptr(),
+                type=_TYPES[out.dtype],
+                out_stride=out.stride(2),
+                scratch=0 if scratch is None else scratch.data_ptr(),
+                partials=0 if partial is None else partial.data_ptr(),
+                counts=0 if count is None else count.data_ptr(),
+            )
+            return
         cout, kernel = shape["cout"], shape["kernel"]
-        weight = packed[:-cout].reshape(cout, -1, kernel, kernel)
         made = label_conv(
             labels,
             edges,
-            weight,
+            packed[:-cout].reshape(cout, -1, kernel, kernel),
             packed[-cout:],
             shape["classes"],
             shape["pool_levels"],

@@ -111,8 +111,8 @@ class Kernels(Protocol):
         """(N, H, W) ids to uint8 borders."""
 
 
-def triton_kernels() -> Kernels:
-    """The fused kernels. Raises RuntimeError with the remedy where Triton is missing."""
+def fused_kernels(device: torch.device) -> Kernels:
+    """The fused kernels for tensors there. Raises RuntimeError with the remedy where Triton is missing."""
     from p2pfast.runtime.gpu.fused import FusedKernels
 
-    return FusedKernels()
+    return FusedKernels(device)

@@ -28,7 +28,7 @@ class LabelConvolutions(Convolutions):
         n, h, w, c = self._nhwc(op.out)
         ids, edges = self._map(op.labels.node, labels)
         statistics = self._needs_statistics(op.out)
-        shape = label_shape(op, module, labels, n, 16 if statistics else 0)
+        shape = label_shape(op, module, labels, n, 0)
         out = self._place((n, h, w, c), op.name)
         self.stored[op.out] = Stored(out)
         kernels = self.kernels
