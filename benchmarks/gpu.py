@@ -1,0 +1,122 @@
+"""Everything there is to measure on an NVIDIA GPU, in under eight minutes, into one folder.
+
+    python benchmarks/gpu.py results/h100            all sections
+    python benchmarks/gpu.py out --sections flagship kernels
+    python benchmarks/gpu.py out --dry-run           what would run; needs no GPU
+
+Every section is a process of its own with its own limit of time: one that fails, hangs or spoils the device
+does not stop the others, and its rows up to then are kept. Written are SECTION.jsonl and SECTION.log,
+gpu.json (device, versions, state of every section, all rows, comparisons) and gpu.md, its tables.
+
+Peers are validated against float32 eager before they are timed. ``--scale small`` runs the same code on tiny
+inputs, to find out whether it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gpu_record
+from gpu_record import Section
+
+SECTIONS = (
+    Section("correctness", 75, "pytest -m gpu"),
+    Section("ceilings", 15, "copy, matrix products, reads of the second-level cache"),
+    Section(
+        "flagship", 60, "pix2pixHD 2048x1024, batch 1 and 8: eager, p2pfast with and without CUDA graphs"
+    ),
+    Section("kernels", 45, "single kernels at the flagship's sizes, with their share of the ceilings"),
+    Section("networks", 40, "resnet_9blocks and unet_256 at 256 and 1024: eager and p2pfast"),
+    Section("translate", 30, "files to files, images a second"),
+    Section(
+        "training", 50, "steps of pix2pixHD 1024x512 and pix2pix 256x256 and their memory: eager, p2pfast"
+    ),
+    Section("sanitizer", 35, "compute-sanitizer on the CUDA kernels"),
+    Section("compiled", 110, "torch.compile max-autotune of the networks and steps above"),
+)
+BUDGET = 470  # seconds of everything
+
+
+def run_section(section: Section, folder: Path, scale: str, limit: float) -> dict[str, object]:
+    """Runs a section as a process; what became of it."""
+    command = [sys.executable, str(Path(__file__).with_name("gpu_sections.py")), section.name, str(folder)]
+    start = time.monotonic()
+    with (folder / f"{section.name}.log").open("w") as log:
+        try:
+            status = subprocess.run(
+                [*command, "--scale", scale, "--seconds", str(int(limit))],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=limit,
+            ).returncode
+            result = "done" if status == 0 else f"failed with status {status}: see {section.name}.log"
+        except subprocess.TimeoutExpired:
+            result = f"stopped after {limit:.0f} s; rows up to then are kept"
+    return {"result": result, "seconds": time.monotonic() - start}
+
+
+def summarise(folder: Path, states: dict[str, dict[str, object]]) -> None:
+    rows = gpu_record.shares(gpu_record.read_rows(folder, [s.name for s in SECTIONS]))
+    summary = {
+        **gpu_record.environment(),
+        "sections": states,
+        "compared": gpu_record.compared(rows),
+        "rows": rows,
+    }
+    (folder / "gpu.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (folder / "gpu.md").write_text(gpu_record.markdown(summary))
+
+
+def missing() -> str | None:
+    """Why nothing can be measured here."""
+    from p2pfast.runtime.gpu.require import device_reason, kernels_reason
+
+    reason = device_reason()
+    if reason is None:
+        import torch
+
+        reason = kernels_reason(torch.device("cuda", 0))
+    return reason
+
+
+def main(arguments: list[str] | None = None) -> int:
+    names = [s.name for s in SECTIONS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where results go")
+    parser.add_argument("--sections", nargs="+", choices=names, default=names, metavar="SECTION")
+    parser.add_argument("--budget", type=int, default=BUDGET, help=f"seconds of everything ({BUDGET})")
+    parser.add_argument("--scale", choices=("full", "small"), default="full")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would run")
+    options = parser.parse_args(arguments)
+    wanted = [s for s in SECTIONS if s.name in options.sections]
+    if options.dry_run:
+        for section in wanted:
+            print(f"{section.name:12} {section.seconds:4} s  {section.about}")
+        print(f"at most {min(options.budget, sum(s.seconds for s in wanted))} s")
+        return 0
+    reason = missing()
+    if reason is not None:
+        print(f"no GPU to measure: {reason}", file=sys.stderr)
+        return 2
+    options.folder.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + options.budget
+    states: dict[str, dict[str, object]] = {}
+    for section in wanted:
+        left = end - time.monotonic()
+        if left < 5:
+            states[section.name] = {"result": "left out: no time left", "seconds": 0.0}
+            continue
+        print(f"== {section.name}: {section.about}", flush=True)
+        states[section.name] = run_section(section, options.folder, options.scale, min(section.seconds, left))
+        print(f"   {states[section.name]['result']} ({states[section.name]['seconds']:.0f} s)", flush=True)
+        summarise(options.folder, states)  # after each: an interrupted run is not lost
+    return 0 if all(s["result"] == "done" for s in states.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,563 @@
+"""The sections of gpu.py, each run as a process of its own: python gpu_sections.py SECTION FOLDER."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gpu_record
+import torch
+from torch import Tensor, nn
+
+import p2pfast
+
+DEVICE = torch.device("cuda")
+ROOT = Path(__file__).parents[1]
+SHORT = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+Run = Callable[[], Any]
+
+
+class Bench:
+    """What a section gets: ``record`` for its rows, the scale, and when its time is over."""
+
+    def __init__(self, record: gpu_record.Recorder, small: bool, seconds: float) -> None:
+        self.record, self.small, self.end = record, small, time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def calls(run: Run, seconds: float = 1.0, most: int = 50) -> list[float]:
+    """Seconds of a call, one number a batch of calls that fills the device; warmed up before."""
+    for _ in range(3 if DEVICE.type == "cuda" else 0):  # compiles, chooses and captures
+        run()
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    once = max(time.perf_counter() - start, 1e-6)
+    if DEVICE.type != "cuda":
+        return [once]
+    batch = max(1, min(most, int(seconds / 5 / once)))
+    found = []
+    for _ in range(5):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(batch):
+            run()
+        last.record()
+        last.synchronize()
+        found.append(first.elapsed_time(last) * 1e-3 / batch)
+    return found
+
+
+def captured(run: Run) -> Run:
+    """A call as a CUDA graph, so that only the device is timed."""
+    if DEVICE.type != "cuda":
+        return run
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def peak_bytes() -> int:
+    return torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
+
+
+def forget() -> None:
+    """Gives cached memory back, and starts the peak anew."""
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    error = (found.float() - expected.float()).norm() / expected.float().norm()
+    return float(error)
+
+
+# --- sections ---------------------------------------------------------------------------------------
+
+
+def correctness(bench: Bench) -> None:
+    """The tests that need a GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=bench.left)
+    print(done.stdout[-20000:], done.stderr[-5000:])
+    last = done.stdout.strip().splitlines()[-1:] or ["no output"]
+    bench.record(what="pytest -m gpu", passed=done.returncode == 0, summary=last[0])
+    if done.returncode != 0:
+        raise SystemExit(1)
+
+
+def sanitizer(bench: Bench) -> None:
+    """The tests of the CUDA C++ kernels under memcheck."""
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(tool).exists():
+        raise SystemExit("compute-sanitizer is not installed: it comes with the CUDA toolkit")
+    folders = ["tests/native", "tests/ops/test_instance_edges.py", "tests/ops/test_label_conv.py"]
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-x", *folders, "-p", "no:cacheprovider"]
+    command = [tool, "--error-exitcode", "9", "--target-processes", "all", *tests]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=bench.left)
+    print(done.stdout[-20000:], done.stderr[-5000:])
+    bench.record(what="memcheck", passed=done.returncode == 0, status=done.returncode)
+    if done.returncode != 0:
+        raise SystemExit(1)
+
+
+def ceilings(bench: Bench) -> None:
+    """What this device reaches with the library's simplest kernels."""
+    size = (1 << 20) if bench.small else (1 << 30)
+    source = torch.ones(size, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    seconds = min(calls(captured(lambda: target.copy_(source))))
+    bench.record(what="copy", ms=seconds * 1e3, gb_s=2e-9 * size / seconds)
+    side = 256 if bench.small else 8192
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        torch.backends.cuda.matmul.allow_tf32 = True
+        a = torch.randn(side, side, device=DEVICE, dtype=dtype)
+        out = torch.empty_like(a)
+        seconds = min(calls(captured(lambda a=a, out=out: torch.mm(a, a, out=out))))
+        bench.record(
+            what=f"matmul {SHORT[dtype]}", ms=seconds * 1e3, tflop_s=2e-12 * side**3 / seconds, tf32=True
+        )
+    # Reads that stay in the second-level cache: the same few megabytes summed again and again.
+    small = torch.ones(4 << 20, device=DEVICE)
+    total = torch.empty((), device=DEVICE)
+
+    def read() -> None:
+        for _ in range(20):
+            torch.sum(small, 0, out=total)
+
+    seconds = min(calls(captured(read))) / 20
+    bench.record(what="second-level cache read", ms=seconds * 1e3, gb_s=1e-9 * small.nbytes / seconds)
+
+
+def network(bench: Bench, name: str, height: int, width: int, batch: int) -> tuple[nn.Module, Tensor, Any]:
+    """A network on the device in evaluation mode, its dense input, and what p2pfast gets."""
+    torch.manual_seed(0)
+    model = p2pfast.models.build(name, **({"ngf": 2} if bench.small else {})).eval().to(DEVICE)
+    channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
+    if channels <= 3:
+        x = torch.randn(batch, channels, height, width, device=DEVICE)
+        return model, x, x
+    from p2pfast.data.scenes import draw_scene
+
+    scenes = [draw_scene(i, width=width, height=height, photo=False) for i in range(batch)]
+    labels = torch.stack([torch.from_numpy(s.labels).to(torch.uint8) for s in scenes])
+    instances = torch.stack([torch.from_numpy(s.instances).int() for s in scenes])
+    given = p2pfast.LabelMap(labels, instances, num_classes=35).to(DEVICE)
+    return model, given.dense(torch.float32), given
+
+
+def engines(model: nn.Module, x: Tensor, given: Any, dtype: torch.dtype) -> dict[str, Callable[[], Run]]:
+    """Makers of what is timed; p2pfast starts from a label map where the network reads one."""
+
+    def eager() -> Run:
+        twin = copy.deepcopy(model).to(dtype=dtype, memory_format=torch.channels_last)
+        dense = x.to(dtype=dtype, memory_format=torch.channels_last)
+        return lambda: twin(dense)
+
+    def graphed() -> Run:
+        return captured_network(eager())
+
+    def fused(graphs: str) -> Run:
+        os.environ["P2PFAST_CUDA_GRAPHS"] = graphs
+        fast = p2pfast.optimize(model, dtype=dtype, backend="cuda")
+
+        def run() -> Any:
+            os.environ["P2PFAST_CUDA_GRAPHS"] = graphs
+            return fast(given)
+
+        return run
+
+    return {
+        "eager channels_last": eager,
+        "eager channels_last, CUDA graph": graphed,
+        "p2pfast": lambda: fused("on"),
+        "p2pfast without CUDA graphs": lambda: fused("off"),
+    }
+
+
+def captured_network(run: Run) -> Run:
+    results: list[Any] = []
+
+    def keep() -> None:
+        results[:] = [run()]
+
+    replay = captured(keep)
+
+    def call() -> Any:
+        replay()
+        return results[0]
+
+    return call
+
+
+def race(bench: Bench, what: str, model: nn.Module, x: Tensor, given: Any, dtype: torch.dtype) -> None:
+    """Times all engines on one case, each validated against float32 eager first."""
+    torch.backends.cudnn.benchmark = True
+    with torch.inference_mode():
+        expected = model(x)
+        for engine, make in engines(model, x, given, dtype).items():
+            try:
+                forget()
+                run = make()
+                error = relative(run(), expected)
+                seconds = calls(run)
+                bench.record(
+                    what=what,
+                    engine=engine,
+                    dtype=SHORT[dtype],
+                    ms=gpu_record.median_ms(seconds),
+                    least_ms=1e3 * min(seconds),
+                    relative_l2=error,
+                    peak_mb=peak_bytes() * 1e-6,
+                )
+            except Exception as reason:  # the others are still worth their time
+                bench.record(
+                    what=what, engine=engine, dtype=SHORT[dtype], error=f"{type(reason).__name__}: {reason}"
+                )
+            forget()
+
+
+def flagship(bench: Bench) -> None:
+    height, width = (64, 128) if bench.small else (1024, 2048)
+    for batch in (1,) if bench.small else (1, 8):
+        for dtype in (torch.bfloat16,) if bench.small else (torch.bfloat16, torch.float16):
+            if bench.left < 8:
+                return
+            model, x, given = network(bench, "pix2pixhd-local", height, width, batch)
+            race(bench, f"pix2pixhd-local {width}x{height} batch {batch}", model, x, given, dtype)
+            if batch == 1 and dtype == torch.bfloat16:
+                with torch.inference_mode():
+                    fast = p2pfast.optimize(model, dtype=dtype, backend="cuda")
+                    fast(given)
+                    fast(given)
+                print(p2pfast.explain(fast))
+            del model, x, given
+            forget()
+
+
+def networks(bench: Bench) -> None:
+    for name in ("resnet_9blocks", "unet_256"):
+        for side in (256,) if bench.small else (256, 1024):
+            for dtype in (torch.bfloat16,) if bench.small else (torch.bfloat16, torch.float16):
+                if bench.left < 5:
+                    return
+                model, x, given = network(bench, name, side, side, 1)
+                race(bench, f"{name} {side}x{side}", model, x, given, dtype)
+
+
+def compiled(bench: Bench) -> None:
+    """torch.compile, cheapest first: the longest compilations may not end in time."""
+    cases = [("resnet_9blocks", 256, 256), ("unet_256", 256, 256), ("pix2pixhd-local", 1024, 2048)]
+    cases += [("resnet_9blocks", 1024, 1024), ("unet_256", 1024, 1024)]
+    torch.backends.cudnn.benchmark = True
+    for name, height, width in (
+        [(n, 64, 128) if n[0] == "p" else (n, 256, 256) for n, *_ in cases] if bench.small else cases
+    ):
+        what = f"{name} {width}x{height}" + (" batch 1" if name.startswith("pix2pixhd") else "")
+        torch._dynamo.reset()
+        model, x, _ = network(bench, name, height, width, 1)
+        with torch.inference_mode():
+            expected = model(x)
+            twin = copy.deepcopy(model).to(dtype=torch.bfloat16, memory_format=torch.channels_last)
+            dense = x.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
+            start = time.monotonic()
+            fast = torch.compile(twin, mode="max-autotune")
+            error = relative(fast(dense), expected)
+            took = time.monotonic() - start
+            if error > 0.2:
+                bench.record(what=what, engine="torch.compile", dtype="bfloat16", error=f"wrong: {error:.3g}")
+                continue
+            seconds = calls(lambda fast=fast, dense=dense: fast(dense))
+        bench.record(
+            what=what,
+            engine="torch.compile max-autotune",
+            dtype="bfloat16",
+            ms=gpu_record.median_ms(seconds),
+            relative_l2=error,
+            compile_s=took,
+        )
+
+
+def kernels(bench: Bench) -> None:
+    """Single kernels at sizes of the flagship, as CUDA graphs of one launch."""
+    from p2pfast.runtime.gpu.kernels import Operand, Window, fused_kernels
+
+    fused = fused_kernels(DEVICE)
+    scale = 8 if bench.small else 1
+    for dtype in (torch.bfloat16, torch.float32):
+        size = torch.empty((), dtype=dtype).element_size()
+
+        def timed(what: str, run: Run, moved: float, work: float = 0.0, dtype: torch.dtype = dtype) -> None:
+            try:
+                seconds = min(calls(captured(run), 0.3))
+            except Exception as reason:
+                bench.record(what=what, dtype=SHORT[dtype], error=f"{type(reason).__name__}: {reason}")
+                return
+            row = {"ms": seconds * 1e3, "gb_s": 1e-9 * moved / seconds}
+            if work:
+                row["tflop_s"] = 2e-12 * work / seconds
+            bench.record(what=what, dtype=SHORT[dtype], **row)
+
+        for c, h, w in ((64, 512, 1024), (1024, 32, 64)):
+            h, w = h // scale, w // scale
+            x = torch.randn(1, h, w, c, device=DEVICE).to(dtype)
+            out, (s, t) = torch.empty_like(x), torch.ones(2, 1, c, device=DEVICE)
+            nbytes = x.numel() * size
+            timed(f"statistics {c}x{h}x{w}", lambda x=x: fused.statistics(x), nbytes)
+            apply = Operand(x, s, t, "relu")
+            timed(
+                f"apply {c}x{h}x{w}",
+                lambda a=apply, o=out: fused.apply(a, o, None, "none", 0.0, (0, 0, 0, 0), "zeros"),
+                2 * nbytes,
+            )
+        layers = (
+            ("3x3 1024", 1024, 1024, 32, 64, 3, 1, False),
+            ("3x3 64", 64, 64, 512, 1024, 3, 1, False),
+            ("3x3 s2 32-64", 32, 64, 1024, 2048, 3, 2, False),
+            ("3x3 s2 512-1024", 512, 1024, 64, 128, 3, 2, False),
+            ("up 1024-512", 1024, 512, 32, 64, 3, 2, True),
+            ("up 64-32", 64, 32, 512, 1024, 3, 2, True),
+            ("7x7 32-3", 32, 3, 1024, 2048, 7, 1, False),
+        )
+        for what, c, k, h, w, side, stride, up in layers:
+            h, w = h // scale, w // scale
+            oh, ow = (h * 2, w * 2) if up else (h // stride, w // stride)
+            window = Window((side, side), stride, (side // 2, side // 2), "zeros", up)
+            x = torch.randn(1, h, w, c, device=DEVICE).to(dtype)
+            weight = (
+                torch.randn(c, k, side, side, device=DEVICE)
+                if up
+                else torch.randn(k, c, side, side, device=DEVICE)
+            )
+            packed = fused.pack(weight * 0.02, dtype, window, (c,))
+            out = torch.empty(1, oh, ow, k, device=DEVICE, dtype=dtype)
+            parts = fused.parts(packed, x, out)
+            partial, count = torch.empty(1, parts, 2, k, device=DEVICE), torch.empty(parts, device=DEVICE)
+            s, t = torch.ones(2, 1, c, device=DEVICE)
+            work = float(side * side * c * k * (h * w if up else oh * ow))
+            moved = float((x.numel() + out.numel()) * size)
+            for kind, source in (("plain", Operand(x)), ("prologue", Operand(x, s, t, "relu"))):
+                timed(
+                    f"conv {what} {kind}",
+                    lambda s=source, p=packed, o=out, n=window, a=partial, b=count: fused.conv(
+                        [s], p, None, o, n, "none", 0.0, a, b
+                    ),
+                    moved,
+                    work,
+                )
+            image = x.permute(0, 3, 1, 2)
+            native = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+            torch.backends.cudnn.benchmark = True
+
+            def library(
+                i: Tensor = image, n: Tensor = native, up: bool = up, st: int = stride, p: int = side // 2
+            ) -> Tensor:
+                if up:
+                    return nn.functional.conv_transpose2d(i, n, None, st, p, st - 1)
+                return nn.functional.conv2d(i, n, None, st, p)
+
+            timed(f"conv {what} cuDNN", library, moved, work)
+    labels(bench, scale)
+
+
+def labels(bench: Bench, scale: int) -> None:
+    """The first layer from labels, edges and 8-bit pixels."""
+    from p2pfast.functional import image_to_uint8, instance_edges
+    from p2pfast.runtime.gpu.kernels import fused_kernels
+
+    fused = fused_kernels(DEVICE)
+    _, _, given = network(bench, "pix2pixhd-local", 1024 // scale, 2048 // scale, 1)
+    ids = given.labels[:, 0].to(torch.uint8).contiguous()
+    edges = instance_edges(given.instances[:, 0])
+    n, h, w = ids.shape
+    seconds = min(calls(captured(lambda: instance_edges(given.instances[:, 0])), 0.3))
+    bench.record(what="instance_edges", dtype="int32", ms=seconds * 1e3, gb_s=5e-9 * n * h * w / seconds)
+    for level, cout in ((0, 32), (1, 64)):
+        shape = {
+            "batch": n,
+            "height": h,
+            "width": w,
+            "classes": 35,
+            "has_edges": True,
+            "cout": cout,
+            "kernel": 7,
+            "pool_levels": level,
+            "reflect": True,
+            "band_rows": 0,
+        }
+        packed = fused.label_pack(shape, torch.randn(cout, 36, 7, 7, device=DEVICE), None)
+        out = torch.empty(n, h >> level, w >> level, cout, device=DEVICE, dtype=torch.bfloat16)
+        parts = fused.label_parts(shape)
+        partial, count = torch.empty(n, parts, 2, cout, device=DEVICE), torch.empty(parts, device=DEVICE)
+        scratch = torch.empty(max(1, fused.label_scratch(shape)), dtype=torch.uint8, device=DEVICE)
+
+        def run(
+            sh: Any = shape,
+            p: Tensor = packed,
+            s: Tensor = scratch,
+            o: Tensor = out,
+            a: Tensor = partial,
+            c: Tensor = count,
+        ) -> None:
+            fused.label_conv(sh, ids, edges, p, s, o, a, c)
+
+        seconds = min(calls(captured(run), 0.3))
+        moved = out.nbytes + 2.0 * ids.numel()
+        bench.record(
+            what=f"label_conv 7x7 level {level}",
+            dtype="bfloat16",
+            ms=seconds * 1e3,
+            gb_s=1e-9 * moved / seconds,
+        )
+    image = torch.rand(1, 3, h, w, device=DEVICE, dtype=torch.bfloat16) * 2 - 1
+    seconds = min(calls(captured(lambda: image_to_uint8(image)), 0.3))
+    bench.record(
+        what="image_uint8", dtype="bfloat16", ms=seconds * 1e3, gb_s=1e-9 * 3 * image.numel() / seconds
+    )
+
+
+def training(bench: Bench) -> None:
+    """Steps under autocast, forward and backward of a generator with its loss, and their peak memory."""
+    from p2pfast.nn import FusedSequential
+
+    def fused(module: nn.Module) -> nn.Module:
+        for name, child in list(module.named_children()):
+            fused(child)
+            if type(child) is nn.Sequential:
+                setattr(module, name, FusedSequential.from_sequential(child))
+        return module
+
+    hd = (64, 128) if bench.small else (512, 1024)
+    for name, (height, width) in (("pix2pixhd-global", hd), ("unet_256", (256, 256))):
+        what = f"training step {name} {width}x{height}"
+        model, x, _ = network(bench, name, height, width, 1)
+        x = x.contiguous(memory_format=torch.channels_last)
+        target = torch.rand(1, 3, height, width, device=DEVICE) * 2 - 1
+        for engine in ("eager AMP", "p2pfast AMP", "torch.compile AMP"):
+            if bench.left < 8:
+                return
+            net: Any = copy.deepcopy(model).train()
+            net = fused(net) if engine.startswith("p2p") else net.to(memory_format=torch.channels_last)
+            if engine.startswith("torch.compile"):
+                net = torch.compile(net)
+            try:
+                train(bench, what, engine, net, x, target)
+            except Exception as reason:
+                text = f"{type(reason).__name__}: {reason}"
+                bench.record(what=what, engine=engine, dtype="bfloat16", error=text)
+            forget()
+
+
+def train(bench: Bench, what: str, engine: str, net: nn.Module, x: Tensor, target: Tensor) -> None:
+    from p2pfast.nn import L1Loss
+
+    loss_of = L1Loss(100.0)
+    torch.backends.cudnn.benchmark = True
+
+    def step() -> Tensor:
+        net.zero_grad(set_to_none=True)
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            loss = loss_of(net(x).float(), target)
+        loss.backward()
+        return loss.detach()
+
+    first = float(step())
+    synchronize()
+    forget()
+    before = peak_bytes()
+    seconds = calls(step)
+    bench.record(
+        what=what,
+        engine=engine,
+        dtype="bfloat16",
+        ms=gpu_record.median_ms(seconds),
+        loss=first,
+        step_mb=(peak_bytes() - before) * 1e-6,
+    )
+
+
+def translate(bench: Bench) -> None:
+    """Label maps in files to JPEG files."""
+    from p2pfast.data.images import write_image
+    from p2pfast.data.scenes import draw_scene
+    from p2pfast.pipeline import network as networks_of
+    from p2pfast.pipeline import sizes
+    from p2pfast.pipeline import translate as pipeline
+    from p2pfast.pipeline.files import Item
+
+    height, width, count = (64, 128, 4) if bench.small else (1024, 2048, 96)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        items = []
+        for i in range(min(4, count)):
+            scene = draw_scene(i, width=width, height=height, photo=False)
+            write_image(root / f"label{i}.png", scene.labels.astype("uint8"))
+        for i in range(count):
+            items.append(Item(f"{i}", root / f"label{i % 4}.png", None, root / f"out{i}.jpg"))
+        model = p2pfast.models.build(
+            "pix2pixhd-local", input_nc=35, **({"ngf": 2} if bench.small else {})
+        ).eval()
+        net = networks_of.prepare(model, torch.bfloat16, DEVICE)
+        job = pipeline.Job(net, 35, sizes.SizePolicy("original"))
+        pipeline.translate(job, items[:3])
+        report = pipeline.translate(job, items)
+        bench.record(
+            what=f"translate {width}x{height} to JPEG",
+            dtype="bfloat16",
+            images_s=report.done / report.seconds,
+            failures=len(report.failures),
+            cores=os.cpu_count(),
+        )
+
+
+SECTIONS = {f.__name__: f for f in (correctness, sanitizer, ceilings, flagship, kernels, networks, compiled)}
+SECTIONS |= {f.__name__: f for f in (training, translate)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("section", choices=sorted(SECTIONS))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--scale", choices=("full", "small"), default="full")
+    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument(
+        "--cpu", action="store_true", help="try the code in Triton's interpreter, with --scale small"
+    )
+    options = parser.parse_args()
+    if options.cpu:
+        from p2pfast.runtime.gpu import engine
+
+        global DEVICE
+        DEVICE, engine.on_cpu = torch.device("cpu"), {}
+    record = gpu_record.Recorder(options.folder, options.section)
+    SECTIONS[options.section](Bench(record, options.scale == "small", options.seconds))
+
+
+if __name__ == "__main__":
+    main()
