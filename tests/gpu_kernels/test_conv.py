@@ -11,6 +11,7 @@ from p2pfast.ops.conv.reference import conv_reference
 
 pytest.importorskip("triton")
 
+from p2pfast.ops.conv.gpu import launch  # noqa: E402
 from p2pfast.ops.conv.triton import Config, Source, conv, pack, parts  # noqa: E402
 
 NAN = float("nan")
@@ -242,6 +243,29 @@ def test_few_output_channels(name: str, device: str) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_short_dtypes(dtype: torch.dtype, transposed: bool, device: str) -> None:
     run(Case(dtype=dtype, transposed=transposed, stride=1 + transposed, size=(4, 5)), device)
+
+
+@pytest.mark.parametrize("case", [Case(images=2), ROWS["7x7"], ORDINARY["thin input"]])
+def test_images_of_more_than_two_to_the_31_elements(
+    case: Case, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their index arithmetic, on small ones."""
+    monkeypatch.setattr(launch, "_span", lambda t: 2**31)
+    few = case.out == 3
+    run(replace(case, layout="rows" if few else None, statistics=not few), device)
+
+
+@pytest.mark.parametrize("act", ["relu", "none"])
+def test_nan_and_infinity_pass(act: str, device: str) -> None:
+    x = torch.zeros(1, 4, 4, 16, device=device)
+    x[0, 0, 0, 0], x[0, 3, 3, 5] = NAN, float("inf")
+    out = torch.empty(1, 4, 4, 16, device=device)
+    weight = torch.ones(16, 16, 1, 1, device=device)
+    ones = torch.ones(16, device=device)
+    source = Source(x, ones, ones, act)
+    conv([source], pack(weight, False, torch.float32), None, out, config=SMALL, precision="ieee")
+    assert out[0, 0, 0].isnan().all() and out[0, 3, 3].isposinf().all()
+    assert int(out.isfinite().sum()) == 14 * 16
 
 
 @pytest.mark.parametrize("act", ["none", "relu", "tanh", "sigmoid", "elu", "silu", "gelu"])

@@ -133,7 +133,7 @@ def test_pack_refuses() -> None:
 
 def test_part_sizes_are_those_of_the_phases() -> None:
     weight: Tensor = torch.zeros(16, 16, 3, 3)
-    packed = pack(weight, True, torch.float32, stride=2, padding=(1, 1))
+    packed = pack(weight, True, torch.float32, stride=2, padding=(1, 1), layout="phases")
     assert parts(packed, 5, 7, Config(16, 16, 16)) == 4
     assert parts(packed, 9, 9, Config(16, 16, 16)) == 2 + 2 + 2 + 1
     packed = pack(weight, True, torch.float32, stride=2, padding=(1, 1), layout="columns")

@@ -41,7 +41,7 @@ TILES = (
     Config(32, 64, 64, 4, 4),
     Config(16, 64, 64, 4, 4),
     Config(128, 32, 64, 4, 3),
-    Config(128, 16, 64, 4, 3),
+    Config(128, 16, 64, 8, 3),
     # Few input channels.
     Config(128, 128, 32, 8, 4),
     Config(128, 64, 32, 8, 4),
@@ -191,7 +191,7 @@ def default_config(packed: Packed, x: Tensor, out: Tensor, pending: bool = True)
         x.element_size(),
         pending,
         tf32,
-        machine(x.device),
+        machine(packed.data.device),
     )
     return order[0][1]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from p2pfast.ops.gpu.device import activate, clamped, dot, rounded, tile_statistics
+from p2pfast.ops.gpu.device import LEAKY_RELU, RELU, activate, clamped, dot, rounded, tile_statistics
 
 
 @triton.jit
@@ -21,6 +21,18 @@ def padded_index(i, size, PAD: tl.constexpr):
     elif PAD == "replicate":
         i = clamped(i, size)
     return i
+
+
+@triton.jit
+def activate_on_load(v, ACT: tl.constexpr, SLOPE: tl.constexpr):
+    """``activate`` with one instruction less for each value where a maximum (NaN stays NaN) does it."""
+    if ACT == RELU:
+        v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACT == LEAKY_RELU and SLOPE >= 0 and SLOPE <= 1:
+        v = tl.maximum(v, v * SLOPE, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        v = activate(v, ACT, SLOPE)
+    return v
 
 
 @triton.jit
@@ -108,7 +120,7 @@ def products(
                     s = tl.load(scale + c)
                     t = tl.load(shift + c)
                 value = value * s[None, :] + t[None, :]
-            value = activate(value, ACT, SLOPE)
+            value = activate_on_load(value, ACT, SLOPE)
             if PAD == "zeros":
                 value = tl.where(inside, value, 0.0)  # padding comes after the activation
             a = rounded(value, x.dtype.element_ty)

@@ -165,15 +165,15 @@ def pack(
     wrong = refuses(layout, transposed, stride, (height, width), cout)
     if wrong:
         raise ValueError(f"layout is {layout!r}: {wrong}")
+    if transposed and (padding[0] >= height or padding[1] >= width):
+        raise ValueError(
+            f"padding is {padding}; it must be below the transposed kernel's size {height}x{width}"
+        )
     w = w.to(dtype)
     window, rows = (height, width), 1
     if layout == "plain":
         data = _depth(w, channels)
     elif layout == "phases":
-        if padding[0] >= height or padding[1] >= width:
-            raise ValueError(
-                f"padding is {padding}; it must be below the transposed kernel's size {height}x{width}"
-            )
         taken = [w[:, y::stride, x::stride].flip(1, 2) for y in range(stride) for x in range(stride)]
         data = torch.cat([_depth(t, channels) for t in taken], 1)
     elif layout == "columns":
