@@ -147,8 +147,8 @@ def _merge_rows(
         q += m2 + d * d * c[:, None]
     total = tl.sum(n, 0)
     sums = tl.sum(s, 0)
-    m2 = tl.sum(q, 0) - sums * sums / total
-    return total, k + sums / total, tl.maximum(m2, 0.0)
+    share = sums * (1.0 / total)
+    return total, k + share, tl.maximum(tl.sum(q, 0) - sums * share, 0.0)
 
 
 @triton.jit
@@ -174,7 +174,7 @@ def _merge_kernel(
 @triton.jit
 def _scale_and_shift(mean, variance, weight, bias, channel, channels, eps):
     """In float64 and rounded once: scale * x and shift nearly cancel far from zero."""
-    scale = 1.0 / tl.sqrt(variance + eps)
+    scale = tl.rsqrt(variance + eps)
     if weight is not None:
         scale = scale * tl.load(weight + channel, mask=channel < channels, other=0.0).to(tl.float64)
     shift = -mean * scale
@@ -193,7 +193,7 @@ def _finish_kernel(
     instance = tl.program_id(1)
     there = channel < channels
     n, mean, m2 = _merge_rows(partial, count, instance * rows, rows, parts, channels, channel, STEPS, BR, CB)
-    variance = m2 / n
+    variance = m2 * (1.0 / n)
     scale, shift = _scale_and_shift(mean, variance, weight, bias, channel, channels, eps)
     at = out + instance * channels + channel
     step = instances * channels
@@ -469,7 +469,7 @@ def merge_launches(
     """One launch, or two where there are many parts; and the result, (4, N or 1, C)."""
     images, parts, _, channels = partial.shape
     instances, rows = (1, images * parts) if over_batch else (images, parts)
-    cb = min(power_of_2(channels), 16)
+    cb = min(power_of_2(channels), 8)  # a sector of memory
     blocks = -(-channels // cb)
 
     def loop(rows: int) -> dict[str, int]:
