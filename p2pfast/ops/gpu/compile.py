@@ -3,6 +3,7 @@
     python -m p2pfast.ops.gpu.compile                      a table of registers and shared memory
     python -m p2pfast.ops.gpu.compile norm --targets 90    one operator, one architecture
     python -m p2pfast.ops.gpu.compile --json               the same for programs
+    python -m p2pfast.ops.gpu.compile --page > docs/gpu_kernels.md
 
 The exit status is 1 where a configuration spills registers, needs more shared memory than its target has, or
 lacks the tensor-core instructions it should have.
@@ -68,8 +69,9 @@ def modules() -> list[str]:
 
 
 def shipped(operator: str) -> list[Shipped]:
-    """What ``p2pfast.ops.<operator>.triton`` ships."""
-    found: list[Shipped] = importlib.import_module(f"p2pfast.ops.{operator}.triton").shipped()
+    """What ``shipped()`` of ``p2pfast.ops.<operator>.triton`` lists."""
+    module = importlib.import_module(f"p2pfast.ops.{operator}.triton")
+    found: list[Shipped] = getattr(module, "shipped", list)()
     return found
 
 
@@ -176,25 +178,43 @@ def compile_all(
 def table(results: list[Compiled]) -> str:
     """Markdown: a line a configuration, "registers / shared memory in bytes" for each target."""
     targets = sorted({r.target for r in results})
+    operators = len({r.operator for r in results}) > 1
     matrix = any(r.matrix for r in results)
-    columns = ["operator", "configuration", "warps", "stages", "load bits", *(f"sm_{t}" for t in targets)]
-    if matrix:
-        columns.append("tensor cores")
+    columns = ["operator"] * operators + ["configuration", "warps", "stages", "load bits"]
+    columns += [f"sm_{target}" for target in targets] + ["tensor cores"] * matrix
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     by_config: dict[tuple[str, str], list[Compiled]] = {}
     for result in results:
         by_config.setdefault((result.operator, result.name), []).append(result)
     for (operator, name), found in by_config.items():
         of = {r.target: r for r in found}
-        first = found[0]
-        cells = [operator, name, str(first.warps), str(first.stages), str(max(r.load for r in found))]
+        load = max(r.load for r in found)
+        cells = [operator] * operators + [name, str(found[0].warps), str(found[0].stages), str(load)]
         for target in targets:
             r = of[target]
             cells.append("; ".join(r.problems) if r.problems else f"{r.registers} / {r.shared}")
         if matrix:
-            kinds = (f"sm_{t}: {of[t].matrix}" for t in targets if of[t].matrix)
-            cells.append("; ".join(kinds))
+            cells.append(", ".join(f"{of[t].matrix} (sm_{t})" for t in targets if of[t].matrix))
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def page(results: list[Compiled]) -> str:
+    """docs/gpu_kernels.md: the table, an operator at a time, and what it says."""
+    import triton
+
+    introduction = f"""# What the Triton kernels compile to
+
+Written by `python -m p2pfast.ops.gpu.compile --page > docs/gpu_kernels.md`, which needs no GPU, with Triton
+{triton.__version__}. These kernels have been compiled, and run in Triton's interpreter against the references in
+float64; **they have not run on hardware**, and nothing here is a time.
+
+For each target: registers of a thread / bytes of shared memory of a block. *Load bits* is the widest load from
+global memory of a thread (128 is the most there is; odd sizes have less). None of these configurations spills
+registers: `tests/gpu_kernels/test_compile.py` sees to it."""
+    lines = [introduction]
+    for operator in sorted({r.operator for r in results}):
+        lines += ["", f"## {operator}", "", table([r for r in results if r.operator == operator])]
     return "\n".join(lines)
 
 
@@ -204,6 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", type=int, choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--workers", type=int, help="processes")
     parser.add_argument("--json", action="store_true", help="a list of objects instead of a table")
+    parser.add_argument("--page", action="store_true", help="the documentation's page")
     options = parser.parse_args(arguments)
     unknown = set(options.operators) - set(modules())
     if unknown:
@@ -214,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         print(json.dumps([dataclasses.asdict(r) for r in results]))
     else:
-        print(table(results))
+        print(page(results) if options.page else table(results))
     failed = [r for r in results if r.problems]
     for r in failed:
         print(f"{r.operator}: {r.name} for sm_{r.target}: {'; '.join(r.problems)}", file=sys.stderr)
