@@ -205,13 +205,13 @@ def page(results: list[Compiled]) -> str:
 
     introduction = f"""# What the Triton kernels compile to
 
-Written by `python -m p2pfast.ops.gpu.compile --page > docs/gpu_kernels.md`, which needs no GPU, with Triton
-{triton.__version__}. These kernels have been compiled, and run in Triton's interpreter against the references in
-float64; **they have not run on hardware**, and nothing here is a time.
+Written by `python -m p2pfast.ops.gpu.compile --page > docs/gpu_kernels.md`, which needs no GPU, with
+Triton {triton.__version__}. These kernels have been compiled, and run in Triton's interpreter against the
+references in float64; **they have not run on hardware**, and nothing here is a time.
 
-For each target: registers of a thread / bytes of shared memory of a block. *Load bits* is the widest load from
-global memory of a thread (128 is the most there is; odd sizes have less). None of these configurations spills
-registers: `tests/gpu_kernels/test_compile.py` sees to it."""
+For each target: registers of a thread / bytes of shared memory of a block. *Load bits* is the widest load of
+a thread from global memory (128 is the most there is; odd sizes have less). None of these configurations
+spills registers: `tests/gpu_kernels/test_compile.py` sees to it."""
     lines = [introduction]
     for operator in sorted({r.operator for r in results}):
         lines += ["", f"## {operator}", "", table([r for r in results if r.operator == operator])]
