@@ -13,9 +13,18 @@ from p2pfast.ops.conv.reference import conv_reference
 
 pytest.importorskip("triton")
 
-from p2pfast.ops.conv.gpu import choice  # noqa: E402
+from p2pfast.ops.conv.gpu import choice, configs  # noqa: E402
 from p2pfast.ops.conv.gpu.configs import Machine  # noqa: E402
-from p2pfast.ops.conv.triton import Candidate, Config, Problem, Source, choose, library_conv  # noqa: E402
+from p2pfast.ops.conv.triton import (  # noqa: E402
+    Candidate,
+    Config,
+    Problem,
+    Source,
+    choose,
+    default_config,
+    library_conv,
+    pack,
+)
 
 TRUNK = Problem(1, (32, 64), (32, 64), (1024,), 1024, (3, 3), padding=(1, 1), pad_mode="reflect")
 CPU = torch.device("cpu")
@@ -34,6 +43,21 @@ def test_the_model_prefers_what_fits_the_shape() -> None:
     tiny = replace(TRUNK, size=(2, 2), out_size=(2, 2), channels=(512,), out_channels=512)
     config = choose(tiny, CPU).best.config
     assert config is not None and config.bm <= 32
+
+
+def test_a_plan_and_its_run_agree_on_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan sizes statistics with tensors on the meta device; the weights tell which device will run."""
+    small = Machine(processors=8, shared=48 * 1024)
+    monkeypatch.setattr(configs, "machine", lambda device: small if device == CPU else Machine())
+    packed = pack(torch.zeros(128, 64, 3, 3), False, torch.bfloat16)
+    found = []
+    for device in ("cpu", "meta"):
+        x, out = (
+            torch.empty(1, 16, 16, c, dtype=torch.bfloat16, device=device) for c in (64, packed.out_channels)
+        )
+        found.append(default_config(packed, x, out))
+    assert found[0] == found[1]
+    assert configs.shared_bytes(found[0], packed.columns, 2) <= small.shared
 
 
 def test_the_model_prefers_folded_columns_where_they_help() -> None:

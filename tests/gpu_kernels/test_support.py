@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from p2pfast.ops.conv.activation import ACTIVATIONS, activate
-from p2pfast.ops.gpu import Launch, channels_last, check_tensor, interpreted, pixel_stride, triton_reason
+from p2pfast.ops.gpu import (
+    Launch,
+    allows_tf32,
+    channels_last,
+    check_tensor,
+    interpreted,
+    pixel_stride,
+    triton_reason,
+)
 
 if triton_reason() is None:
     import triton
@@ -144,3 +152,21 @@ def test_a_launch_describes_itself() -> None:
     assert found.signature == {"x": "*bf16", "pixels": "i32", "eps": "fp32", "n": "i32"}
     assert found.constexprs == {"residual": None, "rows": 1}
     assert found.aligned == ("x", "pixels")
+
+
+def test_tf32_by_either_interface() -> None:
+    """PyTorch's older flag raises where the newer one was used."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            conv.fp32_precision = precision
+            assert allows_tf32() == (precision == "tf32")
+    finally:
+        conv.fp32_precision = before
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        assert not allows_tf32()
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+    assert allows_tf32()

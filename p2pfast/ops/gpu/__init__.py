@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from p2pfast.ops.gpu.launch import Launch, Shipped
 from p2pfast.ops.gpu.support import (
+    allows_tf32,
     channels_last,
     check_tensor,
     interpreted,
@@ -21,6 +22,7 @@ from p2pfast.ops.gpu.support import (
 __all__ = [
     "Launch",
     "Shipped",
+    "allows_tf32",
     "channels_last",
     "check_tensor",
     "interpreted",

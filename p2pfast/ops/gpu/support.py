@@ -44,6 +44,13 @@ def require_triton() -> None:
         raise RuntimeError(f"{reason}; or move the tensors to the CPU")
 
 
+def allows_tf32() -> bool:
+    """Whether convolutions of float32 may round their operands to tf32, as PyTorch's settings say."""
+    # ``allow_tf32`` raises once anybody has used the newer of the two interfaces, which older versions lack.
+    precision = getattr(getattr(torch.backends.cudnn, "conv", None), "fp32_precision", None)
+    return bool(torch.backends.cudnn.allow_tf32) if precision is None else precision == "tf32"
+
+
 @functools.cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -247,16 +250,27 @@ class Convolutions(Tensors):
         return wanted.pop() if len(wanted) == 1 else (NO_PAD, "zeros")
 
 
+_flag = threading.Lock()
+
+
+@contextlib.contextmanager
+def _measuring() -> Iterator[None]:
+    """cuDNN chooses by measurement inside. ``torch.backends.cudnn.flags`` would ask for ``allow_tf32``, which
+    raises once anybody has used the newer interface for it; the flag is one for all threads."""
+    with _flag:
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = True
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+
 def library_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, shape: tuple[int, ...]
 ) -> Tensor:
     """PyTorch's convolution with cuDNN's own choice by measurement; ``shape`` is the output's."""
-    with torch.backends.cudnn.flags(
-        enabled=True,
-        benchmark=True,
-        deterministic=torch.backends.cudnn.deterministic,
-        allow_tf32=torch.backends.cudnn.allow_tf32,
-    ):
+    with _measuring():
         if not window.transposed:
             return F.conv2d(x, weight, bias, window.stride, window.padding)
         extra = tuple(

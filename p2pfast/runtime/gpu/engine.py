@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from p2pfast.fuse.graph import Graph
 from p2pfast.fuse.source import GraphSource, ModuleSource
 from p2pfast.labelmap import LabelMap
+from p2pfast.ops.gpu import allows_tf32
 from p2pfast.runtime.engine import Dense, Engine, Prepared, update_running
 from p2pfast.runtime.gpu.frame import Frame, graphs_wanted, out_of_memory
 from p2pfast.runtime.gpu.kernels import Kernels, fused_kernels
@@ -68,7 +69,7 @@ class CudaEngine(Engine):
 
     def _conditions(self) -> tuple[Any, ...]:
         # Where products of float32 are rounded to tf32 decides what is quickest.
-        return streams_wanted(), torch.backends.cudnn.allow_tf32
+        return streams_wanted(), allows_tf32()
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for index, value in enumerate((*args, *kwargs.values())):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from p2pfast.ops.gpu import allows_tf32
 from p2pfast.runtime.choice import cache_file
 from p2pfast.runtime.gpu.forms import APPLIED, LIBRARY, PROLOGUE, Layer
 from p2pfast.runtime.gpu.kernels import Operand, Window
@@ -60,7 +61,7 @@ def stopwatch(layer: Layer, window: Window, statistics: bool, of: Tensors) -> Ca
         torch.cuda.get_device_name(of.device),
         torch.version.cuda,
         torch.backends.cudnn.version(),
-        torch.backends.cudnn.allow_tf32,
+        allows_tf32(),
         __version__,
         str(of.dtype),
         dataclasses.astuple(layer),

@@ -23,6 +23,7 @@ from p2pfast.ops.conv.gpu.launch import conv
 from p2pfast.ops.conv.gpu.library import library_conv, library_refuses
 from p2pfast.ops.conv.gpu.pack import Packed, pack, refuses
 from p2pfast.ops.conv.gpu.source import Source
+from p2pfast.ops.gpu import allows_tf32
 from p2pfast.ops.measured import cache_folder, tuning
 
 # An estimate that is this far behind needs no measurement to lose.
@@ -95,7 +96,7 @@ def estimated(problem: Problem, device: torch.device) -> tuple[list[Candidate], 
     """The kernels' candidates by the model, quickest first; the layouts that cannot run, with the reason."""
     found: list[Candidate] = []
     refused: list[tuple[str, str]] = []
-    tf32 = torch.backends.cudnn.allow_tf32 if problem.precision is None else problem.precision != "ieee"
+    tf32 = allows_tf32() if problem.precision is None else problem.precision != "ieee"
     for layout in ("phases", "columns") if problem.transposed else ("plain", "rows"):
         reason = refuses(layout, problem.transposed, problem.stride, problem.kernel, problem.out_channels)
         if layout == "rows" and problem.statistics:
@@ -249,7 +250,7 @@ def _signature(problem: Problem, device: torch.device, library: bool) -> str:
         torch.cuda.get_device_name(device),
         torch.version.cuda,
         torch.backends.cudnn.version(),
-        torch.backends.cudnn.allow_tf32,
+        allows_tf32(),
         torch.backends.cudnn.benchmark,
         triton.__version__,
         __version__,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from p2pfast.ops.conv.gpu.pack import FLAT_BELOW, Geometry, Packed, round_up
+from p2pfast.ops.gpu import allows_tf32
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,6 @@ def default_config(packed: Packed, x: Tensor, out: Tensor, pending: bool = True)
     Args:
         pending: x has a normalisation or an activation to be done.
     """
-    tf32 = bool(torch.backends.cudnn.allow_tf32)
     order = ranked(
         packed.geometry,
         out.shape[0],
@@ -190,7 +190,8 @@ def default_config(packed: Packed, x: Tensor, out: Tensor, pending: bool = True)
         out.shape[2],
         x.element_size(),
         pending,
-        tf32,
+        allows_tf32(),
+        # Not x's: a plan asks with tensors on the meta device, and has to be told what a run will be.
         machine(packed.data.device),
     )
     return order[0][1]

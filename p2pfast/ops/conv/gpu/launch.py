@@ -14,7 +14,7 @@ from p2pfast.ops.conv.gpu.conv_kernel import conv_kernel
 from p2pfast.ops.conv.gpu.pack import Packed, power_of_two
 from p2pfast.ops.conv.gpu.source import Source, check_source, check_view, norm_stride
 from p2pfast.ops.conv.gpu.thin_kernel import thin_kernel
-from p2pfast.ops.gpu import Launch, check_tensor, on_device
+from p2pfast.ops.gpu import Launch, allows_tf32, check_tensor, on_device
 
 PADDING_MODES = ("zeros", "reflect", "replicate")
 PRECISIONS = ("tf32", "tf32x3", "ieee")
@@ -318,7 +318,7 @@ def conv(
                     "expected"
                 )
     if precision is None:
-        precision = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+        precision = "tf32" if allows_tf32() else "ieee"
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
     if sources[0].tensor.dtype != torch.float32:
