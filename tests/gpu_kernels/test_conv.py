@@ -228,7 +228,7 @@ def test_transposed(name: str, layout: str, device: str) -> None:
 
 ROWS = {
     "7x7": Case(out=3, kernel=(7, 7), pad=3, mode="reflect", size=(5, 6), act="tanh"),
-    "one channel, two sources": Case(channels=(17, 3), out=1, kernel=(4, 4), size=(5, 9)),
+    "one channel, two sources": Case(channels=(17, 3), out=1, kernel=(4, 4), size=(5, 9), images=2),
     "blocks across": Case(out=2, pad=0, size=(4, 40)),
     "low image": Case(out=4, mode="replicate", size=(1, 7)),
 }
@@ -236,7 +236,7 @@ ROWS = {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_few_output_channels(name: str, device: str) -> None:
-    run(replace(ROWS[name], layout="rows", statistics=False), device)
+    run(replace(ROWS[name], layout="rows"), device)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -252,7 +252,7 @@ def test_images_of_more_than_two_to_the_31_elements(
     """Their index arithmetic, on small ones."""
     monkeypatch.setattr(launch, "_span", lambda t: 2**31)
     few = case.out == 3
-    run(replace(case, layout="rows" if few else None, statistics=not few), device)
+    run(replace(case, layout="rows" if few else None), device)
 
 
 @pytest.mark.parametrize("act", ["relu", "none"])

@@ -99,8 +99,6 @@ def estimated(problem: Problem, device: torch.device) -> tuple[list[Candidate], 
     tf32 = allows_tf32() if problem.precision is None else problem.precision != "ieee"
     for layout in ("phases", "columns") if problem.transposed else ("plain", "rows"):
         reason = refuses(layout, problem.transposed, problem.stride, problem.kernel, problem.out_channels)
-        if layout == "rows" and problem.statistics:
-            reason = "it gathers no statistics"
         if reason:
             refused.append((layout, reason))
             continue

@@ -18,7 +18,10 @@ from p2pfast.ops.gpu import allows_tf32
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a tile (pixels, columns, depth of a step), warps of a program and stages of its pipeline."""
+    """Sizes of a tile (pixels, columns, depth of a step), warps of a program and stages of its pipeline.
+
+    ``bn`` is 0 for the layout ``"rows"``, which has all columns in a tile.
+    """
 
     bm: int
     bn: int
@@ -27,7 +30,7 @@ class Config:
     stages: int = 3
 
     def __str__(self) -> str:
-        return f"{self.bm}x{self.bn}x{self.bk}, {self.warps} warps, {self.stages} stages"
+        return f"{self.bm}x{self.bn or 'all'}x{self.bk}, {self.warps} warps, {self.stages} stages"
 
 
 # For 16-bit storage; with 32 bits the depth of a step is half. Each compiles for sm_80, sm_90 and sm_100
@@ -214,5 +217,7 @@ def phase_sizes(packed: Geometry, out_height: int, out_width: int) -> list[int]:
 
 def parts(packed: Geometry, out_height: int, out_width: int, config: Config) -> int:
     """How many parts the statistics of one image have: the size of ``partial`` and ``count`` of ``conv``."""
+    if packed.layout == "rows":
+        return -(-out_width // (config.bm - packed.kernel[1] + 1)) * -(-out_height // packed.rows)
     tiles = sum(-(-size // config.bm) for size in phase_sizes(packed, out_height, out_width))
     return tiles * packed.stride**2 if packed.layout == "columns" else tiles

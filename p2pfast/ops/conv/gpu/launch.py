@@ -119,6 +119,9 @@ def build(
         "residual_norm_image": 0 if residual is None else norm_stride(residual),
         "out_image": out.stride(0),
         "out_row": out.stride(1),
+        "partial": partial,
+        "count": count,
+        "parts": 0 if count is None else count.shape[0],
     }
     constants = {
         **constants0,
@@ -156,7 +159,6 @@ def build(
     sizes = phase_sizes(packed, out_height, out_width)
     s = packed.stride
     whole = packed.layout != "columns" or (out_height % s == 0 and out_width % s == 0)
-    arguments |= {"partial": partial, "count": count, "parts": 0 if count is None else count.shape[0]}
     constants |= {
         "KH": packed.window[0],
         "KW": packed.window[1],
@@ -236,10 +238,6 @@ def _check(
     if (partial is None) != (count is None):
         raise ValueError("partial and count go together; one of them is None")
     if packed.layout == "rows":
-        if partial is not None:
-            raise ValueError(
-                "partial is given; the weights' layout 'rows' has no statistics: pack them as 'plain'"
-            )
         if stride != 1:
             raise ValueError(f"stride is {stride}; the weights' layout 'rows' takes 1: pack them as 'plain'")
         if -(-out.shape[1] // packed.rows) > 65535:

@@ -54,7 +54,6 @@ def run(
         stride=stride,
         padding=(padding, padding),
         channels=tuple(t.shape[1] for t in x),
-        statistics=False,
     )
     conv(
         sources,

@@ -135,7 +135,6 @@ def pack(
     padding: tuple[int, int] = (0, 0),
     channels: tuple[int, ...] | None = None,
     layout: str | None = None,
-    statistics: bool = True,
 ) -> Packed:
     """Packs a convolution's weights for ``conv``, once.
 
@@ -145,7 +144,6 @@ def pack(
         stride, padding: of the convolution, the padding at the top and at the left.
         channels: of each of the sources; None: one source.
         layout: see ``Geometry``; None: what is quickest as a rule (``preferred``).
-        statistics: ``conv`` shall be able to gather them, which the layout ``"rows"`` cannot.
 
     Raises:
         ValueError: channels that do not sum to C, or a layout that cannot do this convolution.
@@ -161,7 +159,7 @@ def pack(
         raise ValueError(
             f"channels is {channels}; one or two numbers that sum to the weight's {c} are expected"
         )
-    layout = layout or preferred(transposed, stride, (height, width), cout, statistics)
+    layout = layout or preferred(transposed, stride, (height, width), cout)
     wrong = refuses(layout, transposed, stride, (height, width), cout)
     if wrong:
         raise ValueError(f"layout is {layout!r}: {wrong}")
@@ -215,7 +213,7 @@ def refuses(layout: str, transposed: bool, stride: int, kernel: tuple[int, int],
     return None
 
 
-def preferred(transposed: bool, stride: int, kernel: tuple[int, int], cout: int, statistics: bool) -> str:
+def preferred(transposed: bool, stride: int, kernel: tuple[int, int], cout: int) -> str:
     """The layout that reads its input least often without much more arithmetic."""
     if transposed:
         columns = stride * stride * cout
@@ -224,6 +222,6 @@ def preferred(transposed: bool, stride: int, kernel: tuple[int, int], cout: int,
         return (
             "columns" if columns <= 128 and inside <= 2 * kernel[0] * kernel[1] * max(16, cout) else "phases"
         )
-    if cout <= 4 and kernel[1] > 1 and not statistics and not refuses("rows", False, stride, kernel, cout):
+    if cout <= 4 and kernel[1] > 1 and not refuses("rows", False, stride, kernel, cout):
         return "rows"
     return "plain"

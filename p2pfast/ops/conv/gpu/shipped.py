@@ -46,7 +46,6 @@ def _launch(
         padding=(padding, padding),
         channels=channels,
         layout=layout,
-        statistics=statistics,
     )
     if transposed:
         height, width = ((s - 1) * stride - 2 * padding + kernel + output_padding for s in size)
@@ -125,4 +124,4 @@ def shipped() -> list[Shipped]:
 
 def _head(large: bool) -> dict[str, Any]:
     kernel = 7 if large else 4
-    return {"kernel": kernel, "padding": kernel // 2, "act": "tanh", "layout": "rows", "statistics": False}
+    return {"kernel": kernel, "padding": kernel // 2, "act": "tanh", "layout": "rows"}

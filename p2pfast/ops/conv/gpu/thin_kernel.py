@@ -27,6 +27,8 @@ def thin_kernel(
     residual_scale,
     residual_shift,
     out,
+    partial,
+    count,
     height,
     width,
     out_height,
@@ -42,6 +44,7 @@ def thin_kernel(
     residual_norm_image,
     out_image,
     out_row,
+    parts,
     X0_PIXEL: tl.constexpr,
     C0: tl.constexpr,
     FLAT0: tl.constexpr,
@@ -153,6 +156,21 @@ def thin_kernel(
     mask = (channel < COUT) & (out_y < out_height) & (out_z < out_width) & (p < BM - KW + 1)[None, None, :]
     if bias is not None:
         y += tl.load(bias + channel, mask=channel < COUT, other=0.0).to(tl.float32)
+    if partial is not None:
+        # Two passes over the tile in registers, as in conv_kernel.
+        rows = tl.minimum(out_height - row, ROWS)
+        cols = tl.minimum(out_width - first, BM - KW + 1)
+        values = (rows * cols).to(tl.float32)
+        mean = tl.sum(tl.sum(tl.where(mask, y, 0.0), 2), 0) / values
+        away = tl.where(mask, y - mean[None, :, None], 0.0)
+        m2 = tl.sum(tl.sum(away * away, 2), 0)
+        part = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        c = tl.arange(0, CP)
+        target = partial + image * parts * (2 * COUT) + part * (2 * COUT) + c
+        tl.store(target, mean, mask=c < COUT)
+        tl.store(target + COUT, m2, mask=c < COUT)
+        if tl.program_id(2) == 0:
+            tl.store(count + part, values)
     if WIDE:
         out_y = out_y.to(tl.int64)
     if residual is not None:
