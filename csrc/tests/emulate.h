@@ -22,15 +22,20 @@ void emulate_phases(const typename K::Args& args, int64_t block, bool backwards,
     emulate_phases<K, kPhase + 1>(args, block, backwards, shared, locals);
 }
 
-// Shared memory starts out as NaN, as it may on a device.
+// Blocks [first, end) only. Shared memory starts out as NaN, as it may on a device.
 template <class K>
-void emulate(const typename K::Args& args, int64_t blocks, bool backwards = false) {
+void emulate_blocks(const typename K::Args& args, int64_t first, int64_t end, bool backwards = false) {
   const auto shared = std::make_unique<typename K::Shared>();
   std::vector<typename K::Local> locals(K::kThreads);
-  for (int64_t i = 0; i < blocks; ++i) {
+  for (int64_t i = 0; i < end - first; ++i) {
     std::memset(static_cast<void*>(shared.get()), 0xff, sizeof(typename K::Shared));
-    emulate_phases<K>(args, backwards ? blocks - 1 - i : i, backwards, *shared, locals);
+    emulate_phases<K>(args, backwards ? end - 1 - i : first + i, backwards, *shared, locals);
   }
+}
+
+template <class K>
+void emulate(const typename K::Args& args, int64_t blocks, bool backwards = false) {
+  emulate_blocks<K>(args, 0, blocks, backwards);
 }
 
 }  // namespace p2pfast::testing
