@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -240,6 +241,33 @@ def test_sizes(device: str, shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(kernels.instance_norm_act(x, act="relu").double(), exact, rtol=1e-5, atol=1e-5)
     y = kernels.instance_norm_act(x.contiguous(), act="relu")
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_more_values_than_32_bits_count(monkeypatch: pytest.MonkeyPatch, device: str, tmp_path: Path) -> None:
+    """Images, pixels and planes more than 2^31 values apart, in a file with holes."""
+    if device != "cpu":
+        pytest.skip("such tensors are files, which the interpreter reads")
+    far = 2**31 + 64
+    with open(tmp_path / "values", "wb") as file:
+        file.truncate(2 * (far + 4096))
+    whole = torch.from_file(str(tmp_path / "values"), shared=True, size=far + 4096, dtype=torch.float16)
+    x = whole.as_strided((2, 4, 3, 5), (far, 1, 20, 4))
+    x.copy_(torch.randn(2, 4, 3, 5))
+    y = kernels.instance_norm_act(x)
+    assert torch.equal(y, kernels.instance_norm_act(x.clone(memory_format=LAST)))
+    for name, value in (("RESIDENT", 0), ("TILE", 4), ("PROGRAMS", 64)):
+        monkeypatch.setattr(kernels, name, value)
+    pixels = whole.as_strided((1, 4, 1, 3), (0, 1, 0, 2**30))
+    pixels.copy_(torch.randn(1, 4, 1, 3))
+    exact = instance_norm_act_reference(pixels.double())
+    torch.testing.assert_close(kernels.instance_norm_act(pixels).double(), exact, rtol=2e-3, atol=2e-3)
+    scale, shift, *_ = kernels.merge(*kernels.statistics(pixels))
+    kernels.apply(pixels, scale, shift, out=pixels)
+    torch.testing.assert_close(pixels.double(), exact, rtol=2e-3, atol=2e-3)
+    planes = whole.as_strided((1, 2, 1, 5), (2 * far, far, 5, 1))
+    planes.copy_(torch.randn(1, 2, 1, 5))
+    found = kernels.merge(*kernels.statistics(planes, planes=True))
+    torch.testing.assert_close(found.mean, planes.float().mean((2, 3)))
 
 
 @pytest.mark.parametrize(
