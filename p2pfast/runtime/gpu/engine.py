@@ -38,6 +38,14 @@ def streams_wanted() -> int:
     return int(value)
 
 
+def _in_capture(device: torch.device) -> bool:
+    """Whether the caller is capturing a CUDA graph of its own."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 class CudaEngine(Engine):
     """Fused execution of ``source`` on ``device``; see :class:`p2pfast.runtime.engine.Engine`.
 
@@ -94,7 +102,11 @@ class CudaEngine(Engine):
             self.form,
             self.device.type == "cuda",
         )
-        plan = lowering.build(streams_wanted())
+        try:
+            plan = lowering.build(streams_wanted())
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory("memory for packed weights", self.device) from error
+        self._note_change()
         needed = taken + plan.arena_bytes + plan.packed_bytes
         if self.memory_limit is not None and needed > self.memory_limit:
             raise OutOfMemory(
@@ -124,6 +136,12 @@ class CudaEngine(Engine):
 
     def _execute(self, prepared: Prepared, tensors: list[Any]) -> Any:
         plan: GpuPlan = prepared.plan
+        if _in_capture(self.device):
+            # Memory of the caller's CUDA graph, at addresses that nobody else may use afterwards.
+            try:
+                return self._run_frame(prepared, self.frame_type(plan, self.device), tensors)
+            finally:
+                self.last = (plan, prepared.graph, None)
         frame = self._take_frame(plan)
         try:
             return self._run_frame(prepared, frame, tensors)
@@ -144,9 +162,11 @@ class CudaEngine(Engine):
                 frame.values[node] = value.dense(self.dtype)
             else:
                 frame.values[node] = Dense(value)
-        if self.refreshed is not None:
+        # What was captured cannot wait for what was not; the caller has run the network before.
+        if self.refreshed is not None and not _in_capture(self.device):
             torch.cuda.current_stream(self.device).wait_event(self.refreshed)
-        if frame.graph is None and self.device.type == "cuda" and frame.runs and graphs_wanted():
+        capturable = self.device.type == "cuda" and not plan.obstacles and graphs_wanted()
+        if frame.graph is None and capturable and frame.runs:
             with self.lock:  # one capture at a time
                 frame.run()
         else:
@@ -169,11 +189,14 @@ class CudaEngine(Engine):
             seen = Seen(tensors)
             constant.refresh()
             constant.seen = seen
-            if self.device.type == "cuda":
-                # Calls on other streams wait for the new values.
-                event = torch.cuda.Event()
-                event.record(torch.cuda.current_stream(self.device))
-                self.refreshed = event
+            self._note_change()
+
+    def _note_change(self) -> None:
+        """Calls on other streams wait for the packed weights that this one has written."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.device))
+            self.refreshed = event
 
     # --- explain -----------------------------------------------------------------------------------
 

@@ -6,12 +6,15 @@ A frame serves one call at a time; calls that overlap get frames of their own.
 from __future__ import annotations
 
 import os
+import threading
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from p2pfast.ops.gpu.capture import capture
 from p2pfast.runtime.gpu.plan import AFTER, BEFORE, DURING, GpuPlan, Memory, Place
 from p2pfast.runtime.memory import OutOfMemory, readable
 
@@ -56,11 +59,14 @@ class Frame:
         self.places: dict[Place, Tensor] = {}
         self.graph: Any = None
         self.runs = 0
+        self.warm: int | None = None  # the thread of the last run that was no graph's
         self.done: Any = None  # the event of the last use, on whatever stream that was
+        self.home: Any = None  # the stream that the arena's memory goes back to
         self.side: list[Any] = []
         if device.type == "cuda":
             self.side = [torch.cuda.Stream(device) for _ in range(plan.schedule.count - 1)]
             self.done = torch.cuda.Event()
+            self.home = torch.cuda.current_stream(device)
 
     # --- tensors -----------------------------------------------------------------------------------
 
@@ -103,25 +109,41 @@ class Frame:
         """Marks the end of a call on the current stream; the next one, on whatever stream, waits for it."""
         self.values, self.results = {}, []
         if self.device.type == "cuda":
-            self.done.record(torch.cuda.current_stream(self.device))
+            stream = torch.cuda.current_stream(self.device)
+            self.done.record(stream)
+            if stream != self.home:  # a frame that is dropped must not give its memory away too early
+                self.arena.record_stream(stream)
 
     def _during(self, stream: Any) -> None:
-        # The first run compiles kernels and lets libraries choose theirs, which a capture must not see.
-        if self.runs == 0 or self.plan.obstacles or not graphs_wanted():
-            self._on_streams(stream)
-            return
-        if self.graph is None:
-            self._capture()
-        self.graph.replay()
+        # A run before it compiles kernels and lets libraries choose theirs, which a capture must not see;
+        # cuDNN does so once in every thread.
+        thread = threading.get_ident()
+        if not self.plan.obstacles and graphs_wanted():
+            if self.graph is None and self.warm == thread:
+                self._capture()
+            if self.graph is not None:
+                self.graph.replay()
+                return
+        self._on_streams(stream)
+        self.warm = thread
 
     def _capture(self) -> None:
         """Records the steps as a CUDA graph, which also owns the tensors that steps make."""
         self.made.clear()
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on: only what this one does is looked at.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._on_streams(torch.cuda.current_stream())
-        self.graph = graph
+        try:
+            with capture(graph, self.device):
+                self._on_streams(torch.cuda.current_stream())
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # nothing has run yet: it runs without a graph
+            self.made.clear()
+            self.plan.failed = f"its capture failed ({error})"
+            warnings.warn(
+                f"p2pfast runs without a CUDA graph: {self.plan.failed}", RuntimeWarning, stacklevel=2
+            )
+        else:
+            self.graph = graph
 
     def _on_streams(self, main: Any) -> None:
         plan, order = self.plan, self.plan.schedule
@@ -169,6 +191,7 @@ class Frame:
             return spent
         kept, self.made = self.made, dict(self.made)  # a CUDA graph writes to its own
         with torch.no_grad(), torch.cuda.device(self.device):
+            torch.cuda.current_stream().wait_event(self.done)
             for index, step in enumerate(plan.steps):
                 if step.phase != DURING:
                     continue

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from p2pfast.ops.gpu import allows_tf32
+from p2pfast.ops.gpu.capture import capture
 from p2pfast.runtime.choice import cache_file
 from p2pfast.runtime.gpu.forms import APPLIED, LIBRARY, PROLOGUE, Layer
 from p2pfast.runtime.gpu.kernels import Operand, Window
@@ -72,7 +73,10 @@ def stopwatch(layer: Layer, window: Window, statistics: bool, of: Tensors) -> Ca
         key = hashlib.sha256(json.dumps([about, kind]).encode()).hexdigest()[:32]
         known = _read().get(key) if mode == "on" else None
         if known is None:
-            known = _measure(kind, layer, window, statistics, of)
+            try:
+                known = _measure(kind, layer, window, statistics, of)
+            except torch.OutOfMemoryError:
+                return float("inf")  # of memory that a plan shares better; not remembered
             _write({key: known})
         return known
 
@@ -86,13 +90,14 @@ def _measure(kind: str, layer: Layer, window: Window, statistics: bool, of: Tens
     n, c, h, w = layer.images, layer.channels, layer.height, layer.width
     shape = (n, layer.out_channels, layer.out_height, layer.out_width)
     made: dict[str, Any] = {"dtype": dtype, "device": device}
-    x = torch.randn(n, h, w, c, **made)
+    generator = torch.Generator(device)  # PyTorch's own numbers are the caller's
+    x = torch.randn(n, h, w, c, **made, generator=generator)
     factors: Any = torch.ones(2, n, c, device=device) if layer.pending else [None, None]
     act = "relu" if layer.pending else "none"
     pending = Operand(x, factors[0], factors[1], act)
     out = torch.empty(n, layer.out_height, layer.out_width, layer.out_channels, **made)
     size = (c, shape[1]) if layer.transposed else (shape[1], c)
-    weight = torch.randn(*size, *window.kernel, **made) * 0.02
+    weight = torch.randn(*size, *window.kernel, **made, generator=generator) * 0.02
     bare, prepared, pad = window, x, (0, 0, 0, 0)
     if layer.border and kind != PROLOGUE:
         bottom = (layer.out_height - 1) * window.stride + window.kernel[0] - window.padding[0] - h
@@ -144,7 +149,7 @@ def seconds(run: Callable[[], None], device: torch.device) -> float:
                 run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with capture(graph, device):
             run()
         best = float("inf")
         for _ in range(_RUNS):

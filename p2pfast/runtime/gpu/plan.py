@@ -137,12 +137,13 @@ class GpuPlan:
     running: list[Running] = field(default_factory=list)
     dense_inputs: set[str] = field(default_factory=set)
     reports: list[Report] = field(default_factory=list)
+    failed: str | None = None  # why a capture failed
 
     @property
     def obstacles(self) -> list[str]:
         """Why the plan is not captured as a CUDA graph; empty where it can be."""
         found = (s.obstacle for s in self.steps if s.phase == DURING and s.obstacle is not None)
-        return list(dict.fromkeys(found))
+        return [*dict.fromkeys(found), *([] if self.failed is None else [self.failed])]
 
 
 @dataclass

@@ -24,6 +24,7 @@ from p2pfast.ops.conv.gpu.library import library_conv, library_refuses
 from p2pfast.ops.conv.gpu.pack import Packed, pack, refuses
 from p2pfast.ops.conv.gpu.source import Source
 from p2pfast.ops.gpu import allows_tf32
+from p2pfast.ops.gpu.capture import capture
 from p2pfast.ops.measured import cache_folder, tuning
 
 # An estimate that is this far behind needs no measurement to lose.
@@ -123,11 +124,16 @@ def _packed(problem: Problem, layout: str, device: torch.device) -> Packed:
     )
 
 
+def _generator(device: torch.device) -> torch.Generator | None:
+    """Not PyTorch's own, whose numbers are the caller's."""
+    return None if device.type == "meta" else torch.Generator(device)
+
+
 def _weight(problem: Problem, device: torch.device) -> torch.Tensor:
     ends = sum(problem.channels), problem.out_channels
     shape = *(ends if problem.transposed else ends[::-1]), *problem.kernel
     # Not all zeros: multiplying by zero takes less power, so that clocks stay higher.
-    w = torch.randn(shape, dtype=problem.dtype, device=device) * 0.05
+    w = torch.randn(shape, dtype=problem.dtype, device=device, generator=_generator(device)) * 0.05
     return w.contiguous(memory_format=torch.channels_last)
 
 
@@ -168,10 +174,10 @@ def choose(problem: Problem, device: torch.device, library: bool = True) -> Choi
 def runner(problem: Problem, candidate: Candidate, device: torch.device) -> Callable[[], None]:
     """Runs a candidate on random data of its own."""
     n, dtype = problem.images, problem.dtype
-    sources = []
+    sources, generator = [], _generator(device)
     for c in problem.channels:
-        x = torch.randn(n, *problem.size, c, dtype=dtype, device=device)
-        norm = torch.rand(2, n, c, device=device) + 0.5 if problem.pending else None
+        x = torch.randn(n, *problem.size, c, dtype=dtype, device=device, generator=generator)
+        norm = torch.rand(2, n, c, device=device, generator=generator) + 0.5 if problem.pending else None
         sources.append(Source(x) if norm is None else Source(x, norm[0], norm[1], "relu"))
     out = torch.empty(n, *problem.out_size, problem.out_channels, dtype=dtype, device=device)
     how: dict[str, Any] = {"stride": problem.stride, "padding": problem.padding, "pad_mode": problem.pad_mode}
@@ -223,7 +229,7 @@ def _time(run: Callable[[], None], device: torch.device) -> float:
                 run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with capture(graph, device):
             for _ in range(_REPEATS):
                 run()
         best = float("inf")
