@@ -55,6 +55,19 @@ void bind_pointwise_loss(py::module_& m) {
       },
       py::kw_only(), py::arg("loss"), py::arg("target"), py::arg("parts"), py::arg("workspace"),
       py::arg("out"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  using Scale = std::tuple<uintptr_t, uintptr_t, int64_t, int, float>;
+  m.def(
+      "cuda_pointwise_scale",
+      [](const std::vector<Scale>& parts, uintptr_t factor, int device, uintptr_t stream) {
+        std::vector<cuda::ScalePart> list;
+        for (const auto& [from, to, count, type, own] : parts)
+          list.push_back({reinterpret_cast<const void*>(from), reinterpret_cast<void*>(to), count, own,
+                          static_cast<ValueType>(type)});
+        cuda::pointwise_scale(list, reinterpret_cast<const float*>(factor), device, stream);
+      },
+      py::kw_only(), py::arg("parts"), py::arg("factor"), py::arg("device"), py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>(),
+      "to = from * factor * own of the parts (from, to, count, type, own); factor is on the device.");
 #endif
 }
 

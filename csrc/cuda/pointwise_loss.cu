@@ -45,4 +45,30 @@ void pointwise_loss(Loss loss, float target, const std::vector<LossPart>& parts,
                      });
 }
 
+void pointwise_scale(const std::vector<ScalePart>& parts, const float* factor, int device, uintptr_t stream) {
+  constexpr const char* kScale = "pointwise_scale";
+  check_device(device, kScale);
+  for (const ScalePart& part : parts) {
+    const int type = static_cast<int>(part.type);
+    if (type < 0 || type > 2)
+      throw std::invalid_argument("pointwise_scale: type is " + std::to_string(type) +
+                                  "; it must be 0 (float32), 1 (bfloat16) or 2 (float16)");
+    if (part.count < 0)
+      throw std::invalid_argument("pointwise_scale: count is " + std::to_string(part.count) +
+                                  "; it must not be negative");
+    if (part.count == 0) continue;
+    if (part.from == nullptr || part.to == nullptr)
+      throw std::invalid_argument("pointwise_scale: from or to is null");
+    check_aligned(reinterpret_cast<uintptr_t>(part.from), type == 0 ? 4 : 2, kScale, "from");
+    check_aligned(reinterpret_cast<uintptr_t>(part.to), type == 0 ? 4 : 2, kScale, "to");
+    check_blocks(ceil_div(part.count, kLossChunk), kScale, "split the tensor");
+  }
+  if (factor == nullptr) throw std::invalid_argument("pointwise_scale: factor is null");
+  check_aligned(reinterpret_cast<uintptr_t>(factor), sizeof(float), kScale, "factor");
+  const DeviceGuard guard(device, kScale);
+  run_pointwise_scale(parts, factor, [&]<class Kernel>(const typename Kernel::Args& args, int64_t blocks) {
+    launch<Kernel>(args, blocks, stream, kScale);
+  });
+}
+
 }  // namespace p2pfast::cuda

@@ -9,6 +9,15 @@
 
 namespace p2pfast::cuda {
 
+// `count` values side by side; to = from * factor, rounded once.
+struct ScalePart {
+  const void* from;
+  void* to;
+  int64_t count;
+  float factor;
+  ValueType type;
+};
+
 // float64 sums of workspace that the parts need, with weights; their order does not depend on the device.
 int64_t pointwise_loss_sums(const std::vector<LossPart>& parts);
 
@@ -18,5 +27,8 @@ int64_t pointwise_loss_sums(const std::vector<LossPart>& parts);
 // as the CPU kernel does, and std::runtime_error with CUDA's own message if a launch fails.
 void pointwise_loss(Loss loss, float target, const std::vector<LossPart>& parts, double* workspace,
                     float* out, int device, uintptr_t stream);
+
+// Multiplies by *factor as well, which is on the device; one launch for up to 64 parts. As above otherwise.
+void pointwise_scale(const std::vector<ScalePart>& parts, const float* factor, int device, uintptr_t stream);
 
 }  // namespace p2pfast::cuda

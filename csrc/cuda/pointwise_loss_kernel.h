@@ -5,9 +5,9 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu/pointwise_loss.h"
 #include "cuda/numbers.h"
 #include "cuda/phases.h"
+#include "cuda/pointwise_loss.h"
 
 namespace p2pfast::cuda {
 
@@ -182,6 +182,80 @@ struct LossSumKernel {
     }
   }
 };
+
+// The backward pass: gradients times a factor that is known on the device only, and one of their own.
+struct ScaleKernel {
+  static constexpr int kThreads = 256;
+  static constexpr int kPhases = 1;
+  static constexpr int kResident = 6;
+  static constexpr int kParts = 64;
+
+  struct Part {
+    ScalePart tensor;
+    uint32_t first_chunk;
+    bool aligned;  // both addresses to 16 bytes
+  };
+  struct Args {
+    Part parts[kParts];
+    const float* factor;
+    int32_t count;
+  };
+  struct Shared {};
+  struct Local {};
+
+  template <class T>
+  static P2PFAST_HD void run_chunk(const Part& part, float factor, int64_t block, int thread) {
+    constexpr int kVec = 16 / sizeof(T);
+    const int64_t first = (block - part.first_chunk) * kLossChunk;
+    const int count = static_cast<int>(min2<int64_t>(kLossChunk, part.tensor.count - first));
+    const T* const from = static_cast<const T*>(part.tensor.from) + first;
+    T* const to = static_cast<T*>(part.tensor.to) + first;
+    int i = 0;
+    if (part.aligned) {
+      for (i = thread * kVec; i + kVec <= count; i += kThreads * kVec) {
+        Pack<T, kVec> pack = load_pack<kVec>(from + i);
+        P2PFAST_UNROLL
+        for (int v = 0; v < kVec; ++v) narrow(widened(pack.value[v]) * factor, &pack.value[v]);
+        store_pack(to + i, pack);
+      }
+      i = count / kVec * kVec;
+    }
+    for (i += thread; i < count; i += kThreads) narrow(widened(from[i]) * factor, to + i);
+  }
+
+  template <int kPhase>
+  static P2PFAST_HD void run(const Args& a, int64_t block, int thread, Shared&, Local&) {
+    int p = 0;
+    while (p + 1 < a.count && a.parts[p + 1].first_chunk <= static_cast<uint32_t>(block)) ++p;
+    const Part& part = a.parts[p];
+    const float factor = *a.factor * part.tensor.factor;
+    if (part.tensor.type == ValueType::kFloat32) return run_chunk<float>(part, factor, block, thread);
+    if (part.tensor.type == ValueType::kBFloat16) return run_chunk<BFloat16>(part, factor, block, thread);
+    run_chunk<Float16>(part, factor, block, thread);
+  }
+};
+
+// Calls launch.operator()<Kernel>(args, blocks) for every 64 parts.
+template <class Launch>
+void run_pointwise_scale(const std::vector<ScalePart>& parts, const float* factor, Launch&& launch) {
+  ScaleKernel::Args args{};
+  args.factor = factor;
+  int64_t blocks = 0;
+  const auto flush = [&] {
+    if (args.count > 0) launch.template operator()<ScaleKernel>(args, blocks);
+    blocks = args.count = 0;
+  };
+  for (const ScalePart& part : parts) {
+    if (part.count == 0) continue;
+    const int64_t chunks = ceil_div(part.count, kLossChunk);
+    if (args.count == ScaleKernel::kParts || blocks + chunks > INT32_MAX) flush();
+    const bool aligned =
+        (reinterpret_cast<uintptr_t>(part.from) | reinterpret_cast<uintptr_t>(part.to)) % 16 == 0;
+    args.parts[args.count++] = {part, static_cast<uint32_t>(blocks), aligned};
+    blocks += chunks;
+  }
+  flush();
+}
 
 // Calls launch.operator()<Kernel>(args, blocks) for each kernel in turn: one for every 64 parts, and the sum.
 template <class Launch>

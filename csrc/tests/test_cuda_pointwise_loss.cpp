@@ -130,4 +130,36 @@ TEST(cuda_pointwise_loss_keeps_nan_and_infinity) {
   }
 }
 
+TEST(cuda_pointwise_scale_multiplies_and_rounds_once) {
+  p2pfast::testing::Random random(8);
+  const float factor = 0.3f;
+  for (const size_t parts : {1, 70}) {
+    std::vector<Values> from, to;
+    std::vector<p2pfast::cuda::ScalePart> list;
+    for (size_t p = 0; p < parts; ++p) {
+      const auto type = static_cast<ValueType>(p % 3);
+      const size_t n = parts == 1 ? 20001 : 1 + 5 * p;
+      from.emplace_back(type, n, p % 4 != 1);
+      to.emplace_back(type, n, p % 4 != 1);
+      for (size_t i = 0; i < n; ++i) from[p].set(i, random.uniform() - 0.5f);
+    }
+    for (size_t p = 0; p < parts; ++p)
+      list.push_back({from[p].data(), to[p].data(), static_cast<int64_t>(from[p].count),
+                      1.0f / static_cast<float>(p + 1), from[p].type});
+    Emulator emulator{false};
+    p2pfast::cuda::run_pointwise_scale(list, &factor, emulator);
+    CHECK(emulator.launches == (parts == 1 ? 1 : 2));
+    bool same = true;
+    for (size_t p = 0; p < parts; ++p) {
+      Values expected(from[p].type, 1, true);
+      for (size_t i = 0; i < from[p].count; ++i) {
+        expected.set(0, from[p].get(i) * (factor * list[p].factor));
+        same = same && to[p].get(i) == expected.get(0);
+      }
+      CHECK(std::isnan(to[p].get(to[p].count)));
+    }
+    CHECK(same);
+  }
+}
+
 }  // namespace

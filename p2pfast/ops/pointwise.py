@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from p2pfast import _C
-from p2pfast.ops.cuda import launch, native, require_kernel
+from p2pfast.ops.cuda import has_kernel, launch, native, require_kernel
 
 # In the order of the native enumeration (csrc/cpu/pointwise_loss.h).
 LOSSES = ("logistic", "square", "hinge", "linear", "absolute_difference", "squared_difference")
@@ -105,10 +105,24 @@ def fake_pointwise(a: Sequence[Tensor], gradient: bool) -> tuple[Tensor, list[Te
 
 def scaled(gradients: Sequence[Tensor], missing: Sequence[float], upstream: Tensor) -> list[Tensor]:
     """The stored gradients times the gradient of what follows; themselves where that is 1."""
+    if type(upstream) is Tensor and upstream.device.type == "cuda" and has_kernel("pointwise_scale"):
+        return _scaled_on_cuda(gradients, missing, upstream)
     if type(upstream) is not Tensor or upstream.device.type != "cpu":  # traced: its value is not known
         return [(g.float() * (upstream * m)).to(g.dtype) for g, m in zip(gradients, missing, strict=True)]
     factor = float(upstream)
     return [g if factor * m == 1.0 else g * (factor * m) for g, m in zip(gradients, missing, strict=True)]
+
+
+def _scaled_on_cuda(gradients: Sequence[Tensor], missing: Sequence[float], upstream: Tensor) -> list[Tensor]:
+    """In one launch, which reads the factor on the device: asking for its value would wait."""
+    upstream = upstream.float()
+    results = [torch.empty_like(g) for g in gradients]
+    parts = [
+        (g.data_ptr(), r.data_ptr(), g.numel(), TYPES[g.dtype], m)
+        for g, r, m in zip(gradients, results, missing, strict=True)
+    ]
+    launch("pointwise_scale", upstream.device, parts=parts, factor=upstream.data_ptr())
+    return results
 
 
 def differentiable(

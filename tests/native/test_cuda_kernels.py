@@ -31,6 +31,7 @@ REGISTERS = {
     "LabelPackKernel": 64,
     "LossKernel": 64,
     "LossSumKernel": 64,
+    "ScaleKernel": 40,
     "PoolSumKernel": 64,
     "PoolMeanKernel": 64,
     "PoolWriteKernel": 40,
@@ -82,3 +83,21 @@ def test_registers_and_no_spills() -> None:
             if word in key[1]:
                 assert used["REG"] <= bound and used["STACK"] == used["LOCAL"] == 0, (key, used)
                 assert used["SHARED"] <= 48 * 1024, (key, used)
+
+
+# Kernels by words of their mangled names, and the loads and stores of 8 or 16 bytes they must have.
+VECTORS = {
+    "LossKernelILNS_4LossE0": ("LDG.E.128", "STG.E.128"),
+    "LossKernelILNS_4LossE4": ("LDG.E.128", "STG.E.128"),
+    "LabelConvKernelINS0_8BFloat16ELb0": ("LDG.E.128", "LDS.128", "STG.E.64"),
+    "ImageUint8KernelIfLi3": ("LDG.E.128",),
+}
+
+
+@pytest.mark.parametrize("word", VECTORS)
+def test_vector_loads_and_stores(word: str) -> None:
+    (name,) = {name for _, name in usage() if word in name}
+    command = [cuobjdump(), "-sass", "-arch", "sm_90a", "-fun", name, _C.__file__]
+    code = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    for instruction in VECTORS[word]:
+        assert instruction in code, f"{name} has no {instruction}"

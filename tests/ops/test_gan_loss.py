@@ -223,6 +223,25 @@ class TestCuda:
         with pytest.raises(ValueError, match=message):
             _C.cuda_pointwise_loss(**{**self.GOOD, **change})
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"factor": 0}, "factor is null"),
+            ({"factor": 4098}, "factor is not aligned"),
+            ({"device": -1}, "device is -1"),
+            ({"parts": [(4096, 4096, 4, 3, 1.0)]}, "type is 3; it must be"),
+            ({"parts": [(4096, 4096, -4, 0, 1.0)]}, "count is -4; it must not"),
+            ({"parts": [(4096, 0, 4, 0, 1.0)]}, "from or to is null"),
+            ({"parts": [(4098, 4096, 4, 0, 1.0)]}, "from is not aligned to its element size of 4"),
+            ({"parts": [(4096, 4097, 4, 1, 1.0)]}, "to is not aligned to its element size of 2"),
+            ({"parts": [(4096, 4096, 1 << 60, 1, 1.0)]}, "split the tensor"),
+        ],
+    )
+    def test_arguments_of_the_backward_pass(self, change: dict[str, Any], message: str) -> None:
+        good = {"parts": [(4096, 4096, 4, 0, 1.0)], "factor": 4096, "device": 0, "stream": 0}
+        with pytest.raises(ValueError, match=message):
+            _C.cuda_pointwise_scale(**{**good, **change})
+
     def test_workspace_beyond_32_bits(self) -> None:
         parts = [(4096, 0, 0, 64 * 4096 * 8192 * 64, 0, 0, 1.0, 1.0), (4096, 0, 0, 1, 0, 0, 1.0, 1.0)]
         assert _C.cuda_pointwise_loss_sums(parts=parts) == 64 * 4096 * 64 + 1
@@ -246,6 +265,17 @@ class TestCuda:
             for got, want in zip(torch.autograd.grad(result, values), gradients, strict=True):
                 absolute = 6e-8 if dtype == torch.float16 else 1e-7 * float(want.abs().max()) + 1e-37
                 torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=absolute)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_what_follows_scales_the_gradients(self, dtype: torch.dtype) -> None:
+        values = [x.detach().cuda().requires_grad_() for x in scales(dtype)]
+        loss = gan_loss(values, "square", 1.0)
+        once = torch.autograd.grad(loss, values, retain_graph=True)
+        upstream = torch.tensor(4.0, device="cuda")
+        for _ in range(2):
+            again = torch.autograd.grad(loss, values, upstream, retain_graph=True)
+            torch.testing.assert_close(again, [g * 4 for g in once], rtol=1e-2, atol=1e-6)
 
     @pytest.mark.gpu
     def test_many_scales_and_unaligned_slices(self) -> None:
