@@ -65,7 +65,10 @@ class Captured:
 
     def learn(self, arguments: list[Any]) -> Any:
         """Runs the network in PyTorch once and notes the shapes of all values; returns its results."""
-        return _Learner(self.traced).run(*arguments)
+        given = dict(zip(self.names, arguments, strict=True))
+        nodes = [n for n in self.traced.graph.nodes if n.op == "placeholder"]
+        values = [given[n.name] if n.name in given else self.state[n.name].fetch() for n in nodes]
+        return _Learner(self.traced).run(*values)
 
     def fuse(self, inputs: dict[str, Any]) -> Graph:
         return capture(self.traced, inputs, self.state)
