@@ -41,6 +41,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "up_conv_norm_act": (functional.up_conv_norm_act, (x(), x(8, 4, 3, 3), x(4), 2)),
     "instance_norm_act": (functional.instance_norm_act, (x(),)),
     "image_to_uint8": (functional.image_to_uint8, (x(1, 3, 4, 6),)),
+    "instance_pool": (functional.instance_pool, (x(2, 3, 9, 11), LABELS[:, None])),
     "instance_edges": (functional.instance_edges, (LABELS,)),
 }
 # Takes weights of a torchvision network, or runs autograd itself.
