@@ -116,7 +116,7 @@ ConvArgs read_conv(const py::dict& dict) {
   a.pad = f.choice<Pad>("pad", 3);
   a.weight = f.pointer<const void>("weight");
   a.weight_dtype = f.choice<DType>("weight_dtype", 2);
-  a.packed_dtype = f.choice<DType>("packed_dtype", 2);
+  a.packed_dtype = f.choice<Packed>("packed_dtype", 3);
   a.weight_out_stride = f.need<int64_t>("weight_out_stride");
   a.weight_in_stride = f.need<int64_t>("weight_in_stride");
   a.packed = f.pointer<const float>("packed");

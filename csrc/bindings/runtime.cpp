@@ -16,12 +16,10 @@ namespace {
 
 // The levels compiled into this module, lowest first.
 std::vector<std::string> compiled_levels() {
-#ifdef P2PFAST_X86
-  return {level_name(Level::kBaseline), level_name(Level::kAvx2), level_name(Level::kAvx512),
-          level_name(Level::kAvx512Bf16)};
-#else
-  return {level_name(Level::kBaseline)};
-#endif
+  std::vector<std::string> names;
+  for (int i = 0; i < kLevels; ++i)
+    if (compiled(static_cast<Level>(i))) names.emplace_back(level_name(static_cast<Level>(i)));
+  return names;
 }
 
 std::string missing_for_name(const std::string& name) {
@@ -54,6 +52,8 @@ void bind_runtime(py::module_& m) {
       "active_level", [] { return level_name(active_level()); },
       "The instruction-set level in use: P2PFAST_CPU if set, else the highest supported.");
   m.def("supported_level", [] { return level_name(supported_level()); });
+  m.def("multiplies_pairs", &multiplies_pairs,
+        "Whether the active level has instructions for products of bfloat16 pairs.");
   m.def("levels", &compiled_levels, "Names of the compiled levels, lowest first.");
   m.def("missing_for", &missing_for_name, py::arg("level"),
         "What this machine lacks for a level; '' if nothing.");

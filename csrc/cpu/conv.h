@@ -11,6 +11,10 @@
 namespace p2pfast {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
+// Of packed weights and the products with them, which sum in float32. kBFloat16 widens weights to float32;
+// kPairs rounds the (transformed) input to bfloat16 too and multiplies pairs of channels: made for processors
+// with an instruction for that, and the same values, more slowly, on others.
+enum class Packed : int32_t { kFloat32 = 0, kBFloat16 = 1, kPairs = 2 };
 enum class Act : int32_t {
   kNone = 0,
   kRelu = 1,
@@ -57,7 +61,7 @@ struct ConvArgs {
   // Raw weights: element (o, i, ky, kx) at o * weight_out_stride + i * weight_in_stride + ky * kernel_w + kx.
   const void* weight;
   DType weight_dtype;
-  DType packed_dtype;  // of panels of packed weights; thin kernels keep float32
+  Packed packed_dtype;  // thin kernels keep float32
   int64_t weight_out_stride, weight_in_stride;
   const float* packed;  // what pack() wrote, or null where the algorithm takes raw weights
   const float* bias;    // out_channels values or null

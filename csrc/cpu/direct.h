@@ -63,13 +63,17 @@ struct Direct {
   const int rows_q = static_cast<int>(ceil_div(args.out_height, ys.spread));
   const int columns_q = static_cast<int>(ceil_div(args.out_width, xs.spread));
   static constexpr int kDepth = kMaxDepth;
+  // Elements of a pixel of the window. Pairs do not reach from one pixel into the next, unless the window is
+  // written out (see expanded()) and rounded then.
+  const int pixel = static_cast<int>(expanded() ? channels : elements(args, channels));
+  const bool rounded = args.packed_dtype == Packed::kPairs;
 
   int block_columns() const { return min2(columns_q, 48); }
   int window_columns() const { return (block_columns() - 1) * xs.step + xs.high - xs.low + 1; }
   // Rows of a block: as many as keep the window near `block` floats (default: half a megabyte of L2).
   int block_rows() const {
     const int64_t target = args.block > 0 ? args.block : 98304;
-    const int64_t row = static_cast<int64_t>(window_columns()) * channels;
+    const int64_t row = static_cast<int64_t>(window_columns()) * pixel;
     const int64_t window_rows = max2<int64_t>(1, target / row);
     const int64_t rows = (window_rows - (ys.high - ys.low + 1)) / ys.step + 1;
     return static_cast<int>(max2<int64_t>(1, min2<int64_t>(min2<int64_t>(rows, 8), rows_q)));
@@ -88,19 +92,23 @@ struct Direct {
 
   int64_t packed_floats() const { return packed_size(args, depth() * out_channels); }
 
-  // Calls f(phase_y, phase_x, floats before it within a column).
+  // Calls f(phase_y, phase_x, elements before it within a column).
   template <class F>
   void for_phases(F&& f) const {
     int64_t taps = 0;
     for (int a = 0; a < ys.count; ++a) {
       for (int b = 0; b < xs.count; ++b) {
-        f(ys.phase[a], xs.phase[b], taps * channels);
+        f(ys.phase[a], xs.phase[b], taps * pixel);
         taps += static_cast<int64_t>(ys.phase[a].taps) * xs.phase[b].taps;
       }
     }
   }
-  // Depth of the product of all phases together.
-  int64_t depth() const { return static_cast<int64_t>(args.kernel_h) * args.kernel_w * channels; }
+  // Depth of the product of all phases together: values, and elements.
+  int64_t values() const { return static_cast<int64_t>(args.kernel_h) * args.kernel_w * channels; }
+  int64_t depth() const {
+    return expanded() ? elements(args, values())
+                      : static_cast<int64_t>(args.kernel_h) * args.kernel_w * pixel;
+  }
 
   template <class W, class B>
   void pack_from(B* packed) const {
@@ -108,15 +116,19 @@ struct Direct {
     parallel_for(ceil_div(out_channels, kPanel), [&](int64_t panel, int) {
       const int c = static_cast<int>(panel) * kPanel, width = min2(kPanel, out_channels - c);
       B* base = packed + static_cast<int64_t>(c) * depth();
+      if (kValues<B> > 1) std::memset(base, 0, sizeof(B) * static_cast<size_t>(depth() * width));
       for_phases([&](const Phase& py, const Phase& px, int64_t before) {
         B* to = base + before * width;
+        int64_t k = 0;
         for (int jy = 0; jy < py.taps; ++jy) {
           for (int jx = 0; jx < px.taps; ++jx) {
-            for (int i = 0; i < channels; ++i) {
+            for (int i = 0; i < channels; ++i, ++k) {
               const W* w = weight + i * args.weight_in_stride + py.tap[jy] * args.kernel_w + px.tap[jx];
               for (int l = 0; l < width; ++l)
-                put(to++, c + l < args.out_channels ? to_float(w[(c + l) * args.weight_out_stride]) : 0.0f);
+                set_value(to, width, k, l,
+                          c + l < args.out_channels ? to_float(w[(c + l) * args.weight_out_stride]) : 0.0f);
             }
+            if (!expanded()) k = round_up(k, kValues<B>);
           }
         }
       });
@@ -126,7 +138,7 @@ struct Direct {
   // With few channels a kernel row is too short a run for the product: the window of each pixel is written
   // out as one row of all taps.
   bool expanded() const {
-    return ys.count == 1 && xs.count == 1 && args.kernel_h > 1 && depth() <= kDepth &&
+    return ys.count == 1 && xs.count == 1 && args.kernel_h > 1 && values() <= kDepth &&
            args.kernel_w * channels < 48;
   }
   int64_t expanded_row() const { return round_up(depth(), kLanes); }
@@ -136,21 +148,24 @@ struct Direct {
   };
   Scratch carve(Carver& carver) const {
     const int64_t pixels = static_cast<int64_t>(block_rows()) * block_columns();
-    return {carver.floats(static_cast<int64_t>(window_rows()) * window_columns() * channels + kGatherSlack),
+    return {carver.floats(static_cast<int64_t>(window_rows()) * window_columns() * pixel + kGatherSlack),
             carver.floats(pixels * kPanel),
             carver.floats(expanded() ? pixels * expanded_row() + kGatherSlack : 0)};
   }
 
+  template <class To>
   void expand(const Scratch& scratch, int rows, int columns, int64_t row_floats) const {
     const int run = args.kernel_w * channels;
     for (int y = 0; y < rows; ++y) {
       for (int x = 0; x < columns; ++x) {
-        float* to = scratch.taps + (static_cast<int64_t>(y) * columns + x) * expanded_row();
+        To* to =
+            reinterpret_cast<To*>(scratch.taps + (static_cast<int64_t>(y) * columns + x) * expanded_row());
         const float* from =
             scratch.window + static_cast<int64_t>(y) * ys.step * row_floats + x * xs.step * channels;
         // Whole vectors: what goes past a run is overwritten by the next, and not read after the last.
         for (int j = 0; j < args.kernel_h; ++j, to += run, from += row_floats)
           for (int i = 0; i < run; i += kLanes) store(to + i, load(from + i));
+        if constexpr (sizeof(To) == 2) *to = 0;  // what the last pair may lack
       }
     }
   }
@@ -231,11 +246,24 @@ struct Direct {
     if (streaming) finish_streams();
   }
 
+  // The window of a block; `step` and `line` are its pixel's and its row's strides.
+  template <class To>
+  void fill(To* window, int64_t image, int q0, int rows, int r0, int columns, int64_t step,
+            int64_t line) const {
+    const int high = (rows - 1) * ys.step + ys.high - ys.low + 1;
+    const int wide = (columns - 1) * xs.step + xs.high - xs.low + 1;
+    gather(args, image, static_cast<int64_t>(q0) * ys.step + ys.low, high,
+           static_cast<int64_t>(r0) * xs.step + xs.low, wide, 0, channels, window, step, line);
+    if (step == channels) return;
+    for (int y = 0; y < high; ++y)
+      for (int x = 0; x < wide; ++x) window[y * line + x * step + channels] = To{};
+  }
+
   void run() const {
     const int64_t per_image = blocks();
     const int64_t groups = ceil_div(out_channels, group());
     const int64_t share = workspace(1);
-    const int64_t row_floats = static_cast<int64_t>(window_columns()) * channels;
+    const int64_t row_floats = static_cast<int64_t>(window_columns()) * pixel;
     parallel_for(args.images * per_image * groups, [&](int64_t task, int worker) {
       Carver carver{static_cast<char*>(args.workspace) + worker * share};
       const Scratch scratch = carve(carver);
@@ -243,17 +271,22 @@ struct Direct {
       const int q0 = static_cast<int>(block / across()) * block_rows();
       const int r0 = static_cast<int>(block % across()) * block_columns();
       const int rows = min2(block_rows(), rows_q - q0), columns = min2(block_columns(), columns_q - r0);
-      gather(args, image, static_cast<int64_t>(q0) * ys.step + ys.low,
-             (rows - 1) * ys.step + ys.high - ys.low + 1, static_cast<int64_t>(r0) * xs.step + xs.low,
-             (columns - 1) * xs.step + xs.high - xs.low + 1, 0, channels, scratch.window, channels,
-             row_floats);
-      if (expanded()) expand(scratch, rows, columns, row_floats);
+      if (rounded && !expanded()) {
+        fill(reinterpret_cast<bf16*>(scratch.window), image, q0, rows, r0, columns, 2 * pixel,
+             2 * row_floats);
+      } else {
+        fill(scratch.window, image, q0, rows, r0, columns, pixel, row_floats);
+      }
+      if (expanded())
+        rounded ? expand<bf16>(scratch, rows, columns, row_floats)
+                : expand<float>(scratch, rows, columns, row_floats);
       const int end = min2(out_channels, static_cast<int>(g + 1) * group());
       for (int c = static_cast<int>(g) * group(); c < end; c += kPanel) {
         const int vectors = min2(kPanelVectors, (out_channels - c) / kLanes), width = vectors * kLanes;
         Moments moments[kPanelVectors];
         for_phases([&](const Phase& py, const Phase& px, int64_t before) {
-          with_packed(args, [&](const auto* packed) {
+          with_packed(args, [&]<class B>() {
+            const B* packed = reinterpret_cast<const B*>(args.packed);
             multiply(scratch, packed + static_cast<int64_t>(c) * depth() + before * width, rows, columns,
                      vectors, py, px, row_floats);
           });
@@ -275,10 +308,11 @@ struct Direct {
   template <class B>
   void multiply(const Scratch& scratch, const B* packed, int rows, int columns, int vectors, const Phase& py,
                 const Phase& px, int64_t row_floats) const {
-    const int width = vectors * kLanes, run = px.taps * channels;
+    using A = Factor<B>;
+    const int width = vectors * kLanes, run = px.taps * pixel;
     const B* weights = packed;
     if (expanded()) {
-      auto row = [&](int m) { return scratch.taps + m * expanded_row(); };
+      auto row = [&](int m) { return reinterpret_cast<const A*>(scratch.taps) + m * expanded_row(); };
       gemm_panel(vectors, rows * columns, row, packed, scratch.sums, width, static_cast<int>(depth()), false,
                  packed + depth() * width);
       return;
@@ -287,10 +321,10 @@ struct Direct {
       std::memset(scratch.sums, 0, sizeof(float) * rows * columns * width);
       return;
     }
-    const int64_t pixel = static_cast<int64_t>(xs.step) * channels, line = ys.step * row_floats;
+    const int64_t step = static_cast<int64_t>(xs.step) * pixel, line = ys.step * row_floats;
     for (int jy = 0; jy < py.taps; ++jy) {
-      const float* corner = scratch.window + (py.offset - ys.low + jy) * row_floats +
-                            static_cast<int64_t>(px.offset - xs.low) * channels;
+      const A* corner = reinterpret_cast<const A*>(scratch.window) + (py.offset - ys.low + jy) * row_floats +
+                        static_cast<int64_t>(px.offset - xs.low) * pixel;
       for (int k = 0; k < run; k += kDepth) {
         const int depth = min2(kDepth, run - k);
         const B* now = weights;
@@ -302,7 +336,7 @@ struct Direct {
           for (; at < m; ++at) {
             if (++x == columns) x = 0, ++y;
           }
-          return corner + y * line + x * pixel + k;
+          return corner + y * line + x * step + k;
         };
         gemm_panel(vectors, rows * columns, row, now, scratch.sums, width, depth, !fresh, weights);
       }
@@ -311,7 +345,7 @@ struct Direct {
 
   double multiplications() const {
     const double positions = static_cast<double>(args.images) * rows_q * columns_q;
-    return positions * depth() * args.out_channels;
+    return positions * values() * args.out_channels;
   }
 };
 

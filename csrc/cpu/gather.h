@@ -1,5 +1,5 @@
-// The prologue shared by all convolutions: copies a window of the (padded) input into a float32
-// scratch, applying each source's deferred normalisation and activation on the way.
+// The prologue shared by all convolutions: copies a window of the (padded) input into a scratch of float32
+// or bfloat16, applying each source's deferred normalisation and activation on the way.
 #pragma once
 
 #include "cpu/conv.h"
@@ -33,9 +33,9 @@ P2PFAST_INLINE float activate(float v, float slope) {
 
 // `channels` consecutive channels of one pixel; writes up to kLanes - 1 values past them, which the
 // next pixel (or the scratch's slack) takes.
-template <class T, bool kNorm, Act kAct>
+template <class T, class To, bool kNorm, Act kAct>
 P2PFAST_INLINE void gather_pixel(const T* from, const float* scale, const float* shift, float slope,
-                                 int channels, int readable, float* to) {
+                                 int channels, int readable, To* to) {
   const Vec slopes = splat(slope);
   int c = 0;
   for (; c + kLanes <= readable && c < channels; c += kLanes) {
@@ -46,13 +46,13 @@ P2PFAST_INLINE void gather_pixel(const T* from, const float* scale, const float*
   for (; c < channels; ++c) {
     float v = to_float(from[c]);
     if constexpr (kNorm) v = v * scale[c] + shift[c];
-    to[c] = activate<kAct>(v, slope);
+    put(to + c, activate<kAct>(v, slope));
   }
 }
 
-template <class T, bool kNorm, Act kAct>
+template <class T, class To, bool kNorm, Act kAct>
 void gather_source(const Source& s, Pad pad, int64_t height, int64_t width, int64_t n, int64_t y0, int rows,
-                   int64_t x0, int columns, int c0, int channels, bool alone, float* to, int64_t to_pixel,
+                   int64_t x0, int columns, int c0, int channels, bool alone, To* to, int64_t to_pixel,
                    int64_t to_row) {
   const T* image = static_cast<const T*>(s.data) + n * s.image_stride + c0 * s.channel_stride;
   const float* scale = kNorm ? s.scale + n * s.norm_stride + c0 : nullptr;
@@ -61,47 +61,48 @@ void gather_source(const Source& s, Pad pad, int64_t height, int64_t width, int6
   // where no other source's channels follow.
   const int readable = alone ? static_cast<int>(min2<int64_t>(s.pixel_stride - c0, 1 << 30)) : channels;
   for (int r = 0; r < rows; ++r) {
-    float* row = to + r * to_row;
+    To* row = to + r * to_row;
     const int64_t y = padded_index(y0 + r, height, pad);
     for (int x = 0; x < columns; ++x) {
       const int64_t ix = y < 0 ? -1 : padded_index(x0 + x, width, pad);
-      float* pixel = row + x * to_pixel;
+      To* pixel = row + x * to_pixel;
       if (ix < 0) {
-        for (int c = 0; c < channels; ++c) pixel[c] = 0.0f;
+        for (int c = 0; c < channels; ++c) pixel[c] = To{};
         continue;
       }
       const T* from = image + y * s.row_stride + ix * s.pixel_stride;
       if (s.channel_stride == 1) {
-        gather_pixel<T, kNorm, kAct>(from, scale, shift, s.slope, channels, readable, pixel);
+        gather_pixel<T, To, kNorm, kAct>(from, scale, shift, s.slope, channels, readable, pixel);
       } else {
         for (int c = 0; c < channels; ++c) {
           float v = to_float(from[c * s.channel_stride]);
           if constexpr (kNorm) v = v * scale[c] + shift[c];
-          pixel[c] = activate<kAct>(v, s.slope);
+          put(pixel + c, activate<kAct>(v, s.slope));
         }
       }
     }
   }
 }
 
-// Floats that a gather may write past the last pixel.
+// Values that a gather may write past the last pixel.
 inline constexpr int kGatherSlack = 16;
 
 // Channels [c0, c0 + channels) of the concatenated sources, rows [y0, y0 + rows) and columns
 // [x0, x0 + columns) of the padded input of image n.
-inline void gather(const ConvArgs& args, int64_t n, int64_t y0, int rows, int64_t x0, int columns, int c0,
-                   int channels, float* to, int64_t to_pixel, int64_t to_row) {
+template <class To>
+void gather(const ConvArgs& args, int64_t n, int64_t y0, int rows, int64_t x0, int columns, int c0,
+            int channels, To* to, int64_t to_pixel, int64_t to_row) {
   int first = 0;
   for (int i = 0; i < args.sources; ++i) {
     const Source& s = args.source[i];
     const int begin = max2(c0, first), end = min2(c0 + channels, first + s.channels);
     if (begin < end) {
       const int from = begin - first, count = end - begin;
-      float* base = to + (begin - c0);
+      To* base = to + (begin - c0);
       auto call = [&]<class T, bool kNorm>() {
-        auto run = s.act == Act::kRelu    ? gather_source<T, kNorm, Act::kRelu>
-                   : s.act == Act::kLeaky ? gather_source<T, kNorm, Act::kLeaky>
-                                          : gather_source<T, kNorm, Act::kNone>;
+        auto run = s.act == Act::kRelu    ? gather_source<T, To, kNorm, Act::kRelu>
+                   : s.act == Act::kLeaky ? gather_source<T, To, kNorm, Act::kLeaky>
+                                          : gather_source<T, To, kNorm, Act::kNone>;
         run(s, args.pad, args.height, args.width, n, y0, rows, x0, columns, from, count, args.sources == 1,
             base, to_pixel, to_row);
       };
@@ -119,18 +120,27 @@ inline int total_channels(const ConvArgs& args) {
   return args.source[0].channels + (args.sources > 1 ? args.source[1].channels : 0);
 }
 
-// Floats of memory for `n` packed weights.
-inline int64_t packed_size(const ConvArgs& args, int64_t n) {
-  return args.packed_dtype == DType::kFloat32 ? n : ceil_div(n, 2);
+// Elements of `values` values of a product's depth. Pairs take four bytes as float32 values do: what is
+// counted in elements is the same for both.
+inline int64_t elements(const ConvArgs& args, int64_t values) {
+  return args.packed_dtype == Packed::kPairs ? ceil_div(values, 2) : values;
 }
 
-// Calls f with the packed weights as what they are.
+// Floats of memory for `n` elements of packed weights.
+inline int64_t packed_size(const ConvArgs& args, int64_t n) {
+  return args.packed_dtype == Packed::kBFloat16 ? ceil_div(n, 2) : n;
+}
+
+// Calls f.template operator()<T>() for the element type T of packed weights.
 template <class F>
 void with_packed(const ConvArgs& args, F&& f) {
-  if (args.packed_dtype == DType::kFloat32) {
-    f(args.packed);
-  } else {
-    f(reinterpret_cast<const bf16*>(args.packed));
+  switch (args.packed_dtype) {
+    case Packed::kFloat32:
+      return f.template operator()<float>();
+    case Packed::kBFloat16:
+      return f.template operator()<bf16>();
+    case Packed::kPairs:
+      return f.template operator()<Pair>();
   }
 }
 

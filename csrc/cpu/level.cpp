@@ -54,6 +54,14 @@ Level active_level() {
   return static_cast<Level>(active.load(std::memory_order_relaxed));
 }
 
+bool multiplies_pairs() {
+#ifdef P2PFAST_EMULATE_WIDE
+  return false;
+#else
+  return active_level() == Level::kAvx512Bf16;
+#endif
+}
+
 void set_active_level(const char* name) {
   const Level level = checked(name, std::string("set_active_level(\"") + name + "\")");
   active.store(static_cast<int>(level), std::memory_order_relaxed);

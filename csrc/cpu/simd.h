@@ -32,8 +32,15 @@ typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecW __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
 typedef uint16_t VecHU __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+typedef uint32_t VecWU __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
 using bf16 = uint16_t;  // storage of a bfloat16
+
+// Two bfloat16 values that a product takes at once.
+struct Pair {
+  bf16 first, second;
+};
+typedef VecW VecPairs;  // the first of each in the low half
 
 P2PFAST_INLINE Vec splat(float x) { return x - (Vec){}; }
 P2PFAST_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
@@ -75,9 +82,25 @@ P2PFAST_INLINE bf16 float_to_bf16(float f) {
   return static_cast<bf16>((w + 0x7fffu + ((w >> 16) & 1u)) >> 16);
 }
 
-P2PFAST_INLINE Vec load(const bf16* p) {
-  return (Vec)(__builtin_convertvector(*reinterpret_cast<const VecHU*>(p), VecW) << 16);
+// GCC 12 makes several instructions of these conversions. maskz: its headers warn of the plain ones.
+P2PFAST_INLINE VecW widen(const bf16* p) {
+#if defined(__AVX512F__)
+  return (VecW)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__) && !defined(P2PFAST_WIDE)
+  return (VecW)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const VecHU*>(p), VecW);
+#endif
 }
+P2PFAST_INLINE VecH narrow(VecW v) {
+#if defined(__AVX512F__)
+  return (VecH)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v);
+#else
+  return __builtin_convertvector(v, VecH);
+#endif
+}
+
+P2PFAST_INLINE Vec load(const bf16* p) { return (Vec)(widen(p) << 16); }
 
 P2PFAST_INLINE void store(bf16* p, Vec v) {
 #if defined(__AVX512BF16__)
@@ -93,10 +116,31 @@ P2PFAST_INLINE void store(bf16* p, Vec v) {
   const __m128i low = _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
   *reinterpret_cast<VecHU*>(p) = (VecHU)low;
 #else
-  *reinterpret_cast<VecHU*>(p) = (VecHU) __builtin_convertvector(r, VecH);
+  *reinterpret_cast<VecHU*>(p) = (VecHU)narrow(r);
 #endif
 #endif
 }
+
+// sum + a * b, where a pair of lanes is two products. As Intel defines the instruction: the second product is
+// added first, every addition rounds to nearest. A product of two bfloat16 values is exact in float32, so
+// that the emulation gives the same unless denormals (the instruction takes them for zero) or overflow come
+// in.
+P2PFAST_INLINE Vec multiply_add(Vec sum, Vec a, Vec b) { return sum + a * b; }
+P2PFAST_INLINE Vec multiply_add(Vec sum, VecPairs a, VecPairs b) {
+#if defined(__AVX512BF16__)
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+  sum += (Vec)(a & 0xffff0000u) * (Vec)(b & 0xffff0000u);
+  return sum + (Vec)(a << 16) * (Vec)(b << 16);
+#endif
+}
+P2PFAST_INLINE VecPairs splat(Pair x) {
+  uint32_t w;
+  std::memcpy(&w, &x, 4);
+  return w - (VecPairs){};
+}
+P2PFAST_INLINE VecPairs load(const Pair* p) { return *reinterpret_cast<const VecWU*>(p); }
+P2PFAST_INLINE void store(Pair* p, VecPairs v) { *reinterpret_cast<VecWU*>(p) = v; }
 
 P2PFAST_INLINE float to_float(float x) { return x; }
 P2PFAST_INLINE float to_float(bf16 x) { return bf16_to_float(x); }

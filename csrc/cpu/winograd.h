@@ -32,10 +32,11 @@ struct Winograd {
 
   const ConvArgs& args;
   const int channels = total_channels(args);
+  const int depth = static_cast<int>(elements(args, channels));  // of the products
   const int tiles_y = static_cast<int>(ceil_div(args.out_height, S::kStepOut));
   const int tiles_x = static_cast<int>(ceil_div(args.out_width, S::kStepOut));
   const int64_t tiles = static_cast<int64_t>(tiles_y) * tiles_x;
-  const int64_t block_lda = spread(channels);
+  const int64_t block_lda = spread(depth);
   const int out_channels = static_cast<int>(round_up(args.out_channels, kLanes));
   // Where not all tiles of an image are computed: those that are. Tile t of the functions below is then
   // list[t]; see winograd_skip.h.
@@ -47,10 +48,10 @@ struct Winograd {
 
   // --- weights ---------------------------------------------------------------------------------
 
-  // Transforms input channels [k0, k0 + depth) of output channels [c, c + vectors * kLanes):
-  // u[point * point_stride + (k - k0) * vectors * kLanes + lane]. depth is at most kStage.
+  // Transforms input channels [k0, k0 + count) of output channels [c, c + vectors * kLanes) into the panel
+  // u + point * point_stride. count is at most kStage.
   template <class W, class U>
-  void transform_weights(int k0, int depth, int c, int vectors, U* u, int64_t point_stride) const {
+  void transform_weights(int k0, int count, int c, int vectors, U* u, int64_t point_stride) const {
     const W* weight = static_cast<const W*>(args.weight);
     for (int v = 0; v < vectors; ++v) {
       const int first = c + v * kLanes;
@@ -62,12 +63,12 @@ struct Winograd {
       for (int l = 0; l < valid; ++l) {
         const W* w = weight + (first + l) * args.weight_out_stride + k0 * args.weight_in_stride;
         float* to = stage + l;
-        for (int k = 0; k < depth; ++k, w += args.weight_in_stride) {
+        for (int k = 0; k < count; ++k, w += args.weight_in_stride) {
 #pragma GCC unroll 16
           for (int t = 0; t < kTaps2; ++t, to += kLanes) *to = to_float(w[t]);
         }
       }
-      for (int k = 0; k < depth; ++k) {
+      for (int k = 0; k < count; ++k) {
         const float* from = stage + k * kTaps2 * kLanes;
         Vec taps[kTaps2], half[S::kPoints * S::kTaps];
 #pragma GCC unroll 16
@@ -75,13 +76,13 @@ struct Winograd {
 #pragma GCC unroll 4
         for (int x = 0; x < S::kTaps; ++x)
           apply_matrix<Weights, S::kPoints, S::kTaps>(taps + x, S::kTaps, half + x, S::kTaps);
-        U* to = u + static_cast<int64_t>(k) * vectors * kLanes + v * kLanes;
 #pragma GCC unroll 10
         for (int i = 0; i < S::kPoints; ++i) {
           Vec row[S::kPoints];
           apply_matrix<Weights, S::kPoints, S::kTaps>(half + i * S::kTaps, 1, row, 1);
 #pragma GCC unroll 10
-          for (int j = 0; j < S::kPoints; ++j) store(to + (i * S::kPoints + j) * point_stride, row[j]);
+          for (int j = 0; j < S::kPoints; ++j)
+            set_values(u + (i * S::kPoints + j) * point_stride, vectors * kLanes, k, v * kLanes, row[j]);
         }
       }
     }
@@ -92,47 +93,58 @@ struct Winograd {
   };
 
   template <class U>
-  void transform_any_weights(int k0, int depth, int c, int vectors, U* u, int64_t point_stride) const {
+  void transform_any_weights(int k0, int count, int c, int vectors, U* u, int64_t point_stride) const {
     if (args.weight_dtype == DType::kFloat32) {
-      transform_weights<float>(k0, depth, c, vectors, u, point_stride);
+      transform_weights<float>(k0, count, c, vectors, u, point_stride);
     } else {
-      transform_weights<bf16>(k0, depth, c, vectors, u, point_stride);
+      transform_weights<bf16>(k0, count, c, vectors, u, point_stride);
     }
   }
 
   int64_t packed_floats() const {
-    return packed_size(args, static_cast<int64_t>(kPoints2) * channels * out_channels);
+    return packed_size(args, static_cast<int64_t>(kPoints2) * depth * out_channels);
   }
 
-  // Layout: [point][panel][channel][column of the panel].
+  // Layout: [point][panel][channel, or pair of channels][column of the panel].
   template <class U>
   void pack(U* packed) const {
     const int64_t panels = ceil_div(out_channels, kPanel);
-    constexpr int kDepth = 32;
-    const int64_t parts = ceil_div(channels, kDepth);
+    constexpr int kPart = 32;
+    const int64_t parts = ceil_div(channels, kPart);
     parallel_for(panels * parts, [&](int64_t task, int) {
-      const int c = static_cast<int>(task / parts) * kPanel, k0 = static_cast<int>(task % parts) * kDepth;
+      const int c = static_cast<int>(task / parts) * kPanel, k0 = static_cast<int>(task % parts) * kPart;
       const int vectors = panel_vectors(out_channels - c);
-      transform_any_weights(
-          k0, min2(kDepth, channels - k0), c, vectors,
-          packed + static_cast<int64_t>(c) * channels + static_cast<int64_t>(k0) * vectors * kLanes,
-          static_cast<int64_t>(channels) * out_channels);
+      transform_any_weights(k0, min2(kPart, channels - k0), c, vectors,
+                            packed + static_cast<int64_t>(c) * depth + elements(args, k0) * vectors * kLanes,
+                            static_cast<int64_t>(depth) * out_channels);
     });
   }
 
   // --- input -----------------------------------------------------------------------------------
 
-  // `count` tiles of one row of tiles, channels [c0, c0 + n), into v[point * point_stride + tile * lda +
-  // channel - c0].
-  void transform_input(int64_t image, int tile_y, int tile_x, int count, int c0, int n, float* window,
-                       float* v, int64_t lda, int64_t point_stride) const {
+  // `count` tiles of one row of tiles, channels [c0, c0 + n), into v + point * point_stride + tile * lda. The
+  // strides and v are in elements.
+  void transform_any_input(int64_t image, int tile_y, int tile_x, int count, int c0, int n, float* window,
+                           float* v, int64_t lda, int64_t point_stride) const {
+    if (args.packed_dtype == Packed::kPairs) {
+      transform_input(image, tile_y, tile_x, count, c0, n, window, reinterpret_cast<bf16*>(v), 2 * lda,
+                      2 * point_stride);
+    } else {
+      transform_input(image, tile_y, tile_x, count, c0, n, window, v, lda, point_stride);
+    }
+  }
+
+  // The same with strides in values.
+  template <class V>
+  void transform_input(int64_t image, int tile_y, int tile_x, int count, int c0, int n, float* window, V* v,
+                       int64_t lda, int64_t point_stride) const {
     const int columns = S::kStepIn * (count - 1) + S::kWindow;
     const int64_t to_row = static_cast<int64_t>(columns) * n;
     gather(args, image, S::kStepIn * tile_y + S::origin(args.pad_top), S::kWindow,
            S::kStepIn * tile_x + S::origin(args.pad_left), columns, c0, n, window, n, to_row);
     for (int t = 0; t < count; ++t) {
       const float* from = window + static_cast<int64_t>(t) * S::kStepIn * n;
-      float* to = v + t * lda;
+      V* to = v + t * lda;
       for (int c = 0; c < n; c += kLanes) {
         Vec half[S::kPoints * S::kWindow];
 #pragma GCC unroll 10
@@ -150,13 +162,15 @@ struct Winograd {
           for (int j = 0; j < S::kPoints; ++j) store(to + (i * S::kPoints + j) * point_stride + c, row[j]);
         }
       }
+      if (sizeof(V) == 2 && n % 2 != 0)  // what the last pair lacks
+        for (int p = 0; p < kPoints2; ++p) to[p * point_stride + n] = V{};
     }
   }
 
   // --- products --------------------------------------------------------------------------------
 
   // sums[s][row][column] over `rows` tiles, panel by panel of `width` columns; see panel_of. The points of
-  // channels [k0, k0 + kDepth) begin at v + k0 / kDepth * v_chunk. A chunk of the points stays in the cache
+  // elements [k0, k0 + kDepth) begin at v + k0 / kDepth * v_chunk. A chunk of the points stays in the cache
   // while all panels use it; the weights pass by once.
   template <class U>
   void multiply(const float* v, int64_t v_chunk, int64_t lda, int64_t v_point, int rows, const U* u,
@@ -172,16 +186,17 @@ struct Winograd {
         for (int c = 0; c < width; c += kPanel) {
           const int vectors = panel_vectors(width - c);
           float* sum = panel_of(sums, c, sum_stride) + (si * S::kSums + sj) * sum_stride;
-          for (int k0 = 0; k0 < channels; k0 += kDepth) {
-            const int depth = min2(kDepth, channels - k0);
+          for (int k0 = 0; k0 < depth; k0 += kDepth) {
+            const int k = min2(kDepth, depth - k0);
             const U* now = weights;
-            weights += static_cast<int64_t>(depth) * vectors * kLanes;
-            const bool last = k0 + depth == channels && c + kPanel >= width;
+            weights += static_cast<int64_t>(k) * vectors * kLanes;
+            const bool last = k0 + k == depth && c + kPanel >= width;
             const U* next = !last ? weights : point + 1 < kPoints2 ? u + (point + 1) * u_point : now;
-            const float* from = v + k0 / kDepth * v_chunk + point * v_point;
+            const auto* from =
+                reinterpret_cast<const Factor<U>*>(v) + k0 / kDepth * v_chunk + point * v_point;
             gemm_panel(
-                vectors, rows, [=](int m) { return from + m * lda; }, now, sum, kPanel, depth,
-                !fresh || k0 > 0, next);
+                vectors, rows, [=](int m) { return from + m * lda; }, now, sum, kPanel, k, !fresh || k0 > 0,
+                next);
           }
         }
       }
@@ -395,19 +410,20 @@ struct Winograd {
     const int64_t v_stride = v_point(block_tiles()), sums_stride = sum_stride(block_tiles());
     for_pieces(first, count, [&](int ty, int tx, int n, int64_t at) {
       for (int c0 = 0; c0 < channels; c0 += kChunk)
-        transform_input(image, ty, tx, n, c0, min2(kChunk, channels - c0), scratch.window,
-                        scratch.v + at * block_lda + c0, block_lda, v_stride);
+        transform_any_input(image, ty, tx, n, c0, min2(kChunk, channels - c0), scratch.window,
+                            scratch.v + at * block_lda + elements(args, c0), block_lda, v_stride);
     });
     for (int c0 = 0; c0 < out_channels; c0 += block_group()) {
       const int width = min2(block_group(), out_channels - c0);
-      with_packed(args, [&](const auto* packed) {
-        multiply(scratch.v, kDepth, block_lda, v_stride, count, packed + static_cast<int64_t>(c0) * channels,
-                 static_cast<int64_t>(channels) * out_channels, width, scratch.sums, sums_stride);
+      with_packed(args, [&]<class U>() {
+        multiply(scratch.v, kDepth, block_lda, v_stride, count,
+                 reinterpret_cast<const U*>(args.packed) + static_cast<int64_t>(c0) * depth,
+                 static_cast<int64_t>(depth) * out_channels, width, scratch.sums, sums_stride);
       });
       store_any_tiles(image, first, count, c0, width, scratch.sums, sums_stride, part, parts);
     }
   }
-  static constexpr int kDepth = 256;  // channels a product accumulates in registers: 16 KB of weights
+  static constexpr int kDepth = 256;  // elements that a product accumulates in registers
 
   // --- driver 2: many tiles at once, output channels among the threads ----------------------------
 
@@ -421,8 +437,8 @@ struct Winograd {
     return min2<int64_t>(all_tiles(), round_up(args.block > 0 ? args.block : kPass, kGroup));
   }
   int64_t stream_parts() const { return ceil_div(all_tiles(), kGroup); }
-  // The input's points are kept in chunks of kDepth channels, so that each product reads them in order.
-  int64_t stream_lda() const { return spread(min2(channels, kDepth)); }
+  // The input's points are kept in chunks of kDepth elements, so that each product reads them in order.
+  int64_t stream_lda() const { return spread(min2(depth, kDepth)); }
   int64_t stream_point() const { return spread(pass_tiles() * stream_lda()); }
   // Rows of one product: packed weights are used once, so all tiles of the pass have to be there.
   template <bool kPacked>
@@ -443,12 +459,12 @@ struct Winograd {
   };
   template <bool kPacked>
   StreamScratch carve_stream(Carver& carver) const {
-    const int64_t u = kPacked ? 0 : kPoints2 * spread(static_cast<int64_t>(channels) * kPanel);
+    const int64_t u = kPacked ? 0 : kPoints2 * spread(static_cast<int64_t>(depth) * kPanel);
     const int64_t panels = kPacked ? ceil_div(block_group(), kPanel) : 1;
     return {carver.floats(kGatherFloats), carver.floats(u),
             carver.floats(panels * kSums2 * sum_stride(stream_rows<kPacked>()))};
   }
-  int64_t v_floats() const { return ceil_div(channels, kDepth) * kPoints2 * stream_point() + kLanes; }
+  int64_t v_floats() const { return ceil_div(depth, kDepth) * kPoints2 * stream_point() + kLanes; }
   template <bool kPacked>
   int64_t stream_workspace(int threads) const {
     Carver shared{nullptr}, own{nullptr};
@@ -471,7 +487,10 @@ struct Winograd {
       return carve_stream<kPacked>(carver);
     };
     // Where the points of channel c begin.
-    auto points = [&](int c) { return v + c / kDepth * kPoints2 * v_stride + c % kDepth; };
+    auto points = [&](int c) {
+      const int64_t k = elements(args, c);
+      return v + k / kDepth * kPoints2 * v_stride + k % kDepth;
+    };
     const int64_t chunks = ceil_div(channels, kChunk);
     const int64_t rows = stream_rows<kPacked>(), sums_stride = sum_stride(rows);
     const int task_width = stream_width<kPacked>(p2pfast::num_threads());
@@ -483,19 +502,21 @@ struct Winograd {
         const int64_t from = begin + task / chunks * kPiece, to = min2(end, from + kPiece);
         for_images(from, to, [&](int64_t image, int64_t first, int64_t count, int64_t at) {
           for_pieces(first, count, [&](int ty, int tx, int n, int64_t offset) {
-            transform_input(image, ty, tx, n, c0, min2(kChunk, channels - c0), scratch.window,
-                            points(c0) + (from - begin + at + offset) * lda, lda, v_stride);
+            transform_any_input(image, ty, tx, n, c0, min2(kChunk, channels - c0), scratch.window,
+                                points(c0) + (from - begin + at + offset) * lda, lda, v_stride);
           });
         });
       });
       parallel_for(ceil_div(out_channels, task_width), [&](int64_t task, int worker) {
         const StreamScratch scratch = own(worker);
         const int c = static_cast<int>(task) * task_width, width = min2(task_width, out_channels - c);
-        const int64_t u_point = spread(static_cast<int64_t>(channels) * width);
+        const int64_t u_point = spread(static_cast<int64_t>(depth) * width);
         if constexpr (!kPacked) {
-          for (int k0 = 0; k0 < channels; k0 += kStage)
-            transform_any_weights(k0, min2(kStage, channels - k0), c, width / kLanes, scratch.u + k0 * width,
-                                  u_point);
+          with_transformed(scratch.u, [&](auto* u) {
+            for (int k0 = 0; k0 < channels; k0 += kStage)
+              transform_any_weights(k0, min2(kStage, channels - k0), c, width / kLanes,
+                                    u + elements(args, k0) * width, u_point);
+          });
         }
         for (int64_t from = begin; from < end; from += rows) {
           const int count = static_cast<int>(min2(rows, end - from));
@@ -504,11 +525,12 @@ struct Winograd {
                      scratch.sums, sums_stride);
           };
           if constexpr (kPacked) {
-            with_packed(args, [&](const auto* packed) {
-              run(packed + static_cast<int64_t>(c) * channels, static_cast<int64_t>(channels) * out_channels);
+            with_packed(args, [&]<class U>() {
+              run(reinterpret_cast<const U*>(args.packed) + static_cast<int64_t>(c) * depth,
+                  static_cast<int64_t>(depth) * out_channels);
             });
           } else {
-            run(scratch.u, u_point);
+            with_transformed(scratch.u, [&](auto* u) { run(u, u_point); });
           }
           for (int64_t part = from; part < from + count; part += kGroup) {
             for_images(part, min2(part + kGroup, from + count),
@@ -520,6 +542,16 @@ struct Winograd {
           }
         }
       });
+    }
+  }
+
+  // Calls f with weights transformed on the fly as what they are.
+  template <class F>
+  void with_transformed(float* u, F&& f) const {
+    if (args.packed_dtype == Packed::kPairs) {
+      f(reinterpret_cast<Pair*>(u));
+    } else {
+      f(u);
     }
   }
 
@@ -583,11 +615,7 @@ int64_t packed_floats(const ConvArgs& args) {
 template <int kOut>
 void pack(const ConvArgs& args, float* packed) {
   with_scheme<kOut>(args, [&]<class S>() {
-    if (args.packed_dtype == DType::kFloat32) {
-      Winograd<S>{args}.pack(packed);
-    } else {
-      Winograd<S>{args}.pack(reinterpret_cast<bf16*>(packed));
-    }
+    with_packed(args, [&]<class U>() { Winograd<S>{args}.pack(reinterpret_cast<U*>(packed)); });
   });
 }
 template <int kOut>

@@ -17,6 +17,7 @@ using p2pfast::ConvAlgorithm;
 using p2pfast::ConvArgs;
 using p2pfast::ConvKernel;
 using p2pfast::DType;
+using p2pfast::Packed;
 using p2pfast::Pad;
 
 struct Shape {
@@ -199,10 +200,11 @@ void check_statistics(const Problem& p, const std::vector<float>& partial, const
 enum class Layout { kPadded, kDense, kPlanes };
 
 void compare(ConvAlgorithm algorithm, const Shape& shape, bool nchw, bool half, Layout layout,
-             bool narrow = false) {
+             Packed packed_dtype = Packed::kFloat32) {
   Problem p(shape, nchw, half);
   ConvArgs& args = p.args;
-  args.packed_dtype = narrow ? DType::kBFloat16 : DType::kFloat32;
+  const bool narrow = packed_dtype != Packed::kFloat32;
+  args.packed_dtype = packed_dtype;
   const ConvKernel& kernel = p2pfast::conv_kernel(algorithm);
   const int64_t pixels = static_cast<int64_t>(p.out_height) * p.out_width;
   const int64_t room = layout == Layout::kPadded ? padded(shape.out_channels) : shape.out_channels;
@@ -301,7 +303,9 @@ TEST(conv_matches_naive) {
         compare(algorithm, shape, false, false, Layout::kPadded);
         compare(algorithm, shape, true, true, Layout::kDense);
         compare(algorithm, shape, false, true, Layout::kPlanes);
-        if (a != 5) compare(algorithm, shape, false, true, Layout::kPadded, true);
+        if (a == 5) continue;
+        for (const Packed packed : {Packed::kBFloat16, Packed::kPairs})
+          compare(algorithm, shape, false, true, Layout::kPadded, packed);
       }
     }
   });
@@ -350,8 +354,9 @@ TEST(conv_random_shapes) {
       ++ran;
       const auto layout = static_cast<Layout>(random.below(3));
       const bool nchw = random.below(4) == 0, half = random.below(2) == 0;
+      const auto packed = static_cast<Packed>(random.below(3));
       for (int a = 0; a < p2pfast::kConvAlgorithms; ++a)
-        compare(static_cast<ConvAlgorithm>(a), shape, nchw, half, layout);
+        compare(static_cast<ConvAlgorithm>(a), shape, nchw, half, layout, packed);
     }
     CHECK(ran > 50);
   });

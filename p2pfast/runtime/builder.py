@@ -72,7 +72,7 @@ class Builder:
         self.live = Liveness(graph, virtual)
         self.results: dict[int, Result] = {}
         self.weights: dict[tuple[int, Choice], dict[str, Address]] = {}
-        self.packed_sizes: dict[tuple[str, int], int] = {}
+        self.packed_sizes: dict[tuple[str, int, bool], int] = {}
         self.tables: dict[int, Address] = {}
         self.edge_maps: dict[str, Buffer] = {}
         self.scratch: dict[int, Buffer] = {}

@@ -7,6 +7,7 @@ measures again. The cache lives in ``$P2PFAST_CACHE_DIR`` or ``~/.cache/p2pfast`
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -24,9 +25,13 @@ from p2pfast.runtime.memory import available, in_large_pages
 
 ALGORITHMS = ("direct", "winograd", "winograd2", "streamed", "streamed2", "thin", "winograd6")
 DIRECT, WINOGRAD, WINOGRAD2, STREAMED, STREAMED2, THIN, WINOGRAD6 = range(7)
+_PAIRS = 2  # in the order of the native enumeration of packed types
 
 # Share of the processor's peak that each algorithm typically reaches, for the estimate.
 _EFFICIENCY = (0.8, 0.6, 0.7, 0.5, 0.6, 0.5, 0.5)
+
+# Products of bfloat16 pairs against those of float32, where the processor has instructions for them.
+_PAIRS_SPEEDUP = 1.8
 
 _TUNING_MULTIPLICATIONS = 1.2e9  # of one timed run, as a convolution is defined
 _TUNING_CHANNELS = 256  # outputs that a run keeps at least: enough panels for every thread
@@ -39,6 +44,7 @@ class Choice:
     """An algorithm with its parameters.
 
     ``seconds`` is what a measurement gave, or an estimate; ``packed`` the bytes of its copy of the weights.
+    ``pairs``: both factors are rounded to bfloat16 and multiplied in pairs.
     """
 
     algorithm: int
@@ -46,10 +52,11 @@ class Choice:
     group: int
     seconds: float = 0.0
     packed: int = 0
+    pairs: bool = False
 
     @property
     def name(self) -> str:
-        return ALGORITHMS[self.algorithm]
+        return ALGORITHMS[self.algorithm] + (", bfloat16 pairs" if self.pairs else "")
 
 
 _PARAMETERS = {
@@ -72,6 +79,26 @@ def narrow(dtype: torch.dtype, accuracy: str) -> tuple[int, ...]:
     if dtype != torch.bfloat16:
         return ()
     return (DIRECT, WINOGRAD, WINOGRAD2) if accuracy == "fast" else (DIRECT, WINOGRAD2)
+
+
+def multiplies_pairs() -> bool:
+    """Whether products of bfloat16 pairs are worth a trial: where they are emulated they are slower."""
+    return bool(_C.multiplies_pairs())
+
+
+def _in_pairs(narrow: tuple[int, ...], kernel: int) -> tuple[int, ...]:
+    """Algorithms that may multiply pairs: those that round weights anyway, with kept weights or streamed.
+
+    Rounding what a tile is transformed to adds about as much error as rounding its weights does. Networks
+    stay within 1 dB of PyTorch's bfloat16, but for the 4x4 kernels of a U-Net, whose tiles are two filters:
+    they would lose 2 dB.
+    """
+    if not multiplies_pairs():
+        return ()
+    if kernel == 4 and WINOGRAD not in narrow:
+        narrow = tuple(a for a in narrow if a == DIRECT)
+    streamed = {WINOGRAD: STREAMED, WINOGRAD2: STREAMED2}
+    return (*narrow, *(streamed[a] for a in narrow if a in streamed))
 
 
 def default_budget(parameter_bytes: int) -> int:
@@ -103,19 +130,27 @@ def _balanced(algorithm: int, block: int, args: dict[str, Any]) -> int:
     return even
 
 
+def parameters_of(choice: Choice, narrow: tuple[int, ...]) -> dict[str, int]:
+    """The part of ``_C.conv_info``'s dictionary that a choice decides."""
+    packed_dtype = _PAIRS if choice.pairs else int(choice.algorithm in narrow)
+    return {"block": choice.block, "group": choice.group, "packed_dtype": packed_dtype}
+
+
 def _candidates(args: dict[str, Any], narrow: tuple[int, ...], thin_only: bool) -> list[Choice]:
     """Candidates with their estimated time, quickest first."""
     found = []
     for algorithm, parameters in _PARAMETERS.items():
         if thin_only and algorithm != THIN:
             continue
-        for block, group in parameters:
-            block = _balanced(algorithm, block, args)
-            trial = {**args, "block": block, "group": group, "packed_dtype": int(algorithm in narrow)}
-            info = _C.conv_info(algorithm, trial)
+        for (block, group), pairs in itertools.product(parameters, (True, False)):
+            if pairs and algorithm not in _in_pairs(narrow, args["kernel_h"]):
+                continue
+            choice = Choice(algorithm, _balanced(algorithm, block, args), group, pairs=pairs)
+            info = _C.conv_info(algorithm, {**args, **parameters_of(choice, narrow)})
             if info["refuses"] is None:
-                seconds = info["multiplications"] / _EFFICIENCY[algorithm] / _ESTIMATED_RATE
-                found.append(Choice(algorithm, block, group, seconds, info["packed_floats"] * 4))
+                rate = _EFFICIENCY[algorithm] * _ESTIMATED_RATE * (_PAIRS_SPEEDUP if pairs else 1)
+                seconds, packed = info["multiplications"] / rate, info["packed_floats"] * 4
+                found.append(replace(choice, seconds=seconds, packed=packed))
     return sorted(found, key=lambda c: c.seconds)
 
 
@@ -133,7 +168,7 @@ def _signature(args: dict[str, Any], narrow: tuple[int, ...]) -> str:
     shape["out_dtype"] = args["out"].get("dtype", 0)
     shape["out_planar"] = args["out"].get("channel_stride", 1) != 1
     machine = (_C.processor_name(), _C.active_level(), _C.num_threads(), __version__)
-    return json.dumps([shape, narrow, machine], sort_keys=True)
+    return json.dumps([shape, narrow, machine, *_in_pairs(narrow, args["kernel_h"])], sort_keys=True)
 
 
 def cache_file() -> Path:
@@ -148,7 +183,10 @@ def _read(path: Path) -> dict[str, Options]:
     try:
         stored = json.loads(path.read_text())
         found = {
-            str(key): [Choice(int(a), int(b), int(g), float(t), int(p)) for a, b, g, t, p in rows]
+            str(key): [
+                Choice(int(a), int(b), int(g), float(t), int(p), pairs == [1])
+                for a, b, g, t, p, *pairs in rows
+            ]
             for key, rows in stored.items()
         }
     except (OSError, ValueError, TypeError, AttributeError):
@@ -186,7 +224,7 @@ class _Cache:
         path = cache_file()
         merged = {**_read(path), **self.entries}
         rows = {
-            key: [[c.algorithm, c.block, c.group, c.seconds, c.packed] for c in options]
+            key: [[c.algorithm, c.block, c.group, c.seconds, c.packed, *[1] * c.pairs] for c in options]
             for key, options in merged.items()
         }
         try:
@@ -345,7 +383,8 @@ def options(args: dict[str, Any], narrow: tuple[int, ...] = ()) -> Options:
     """What can run a convolution, quickest first: measured, or estimated where measuring is switched off.
 
     ``args`` is the dictionary of ``_C.conv_info`` with addresses that only tell what is wanted: a
-    nonzero ``partial``, ``bias`` or ``scale``. Algorithms in ``narrow`` pack their weights in bfloat16.
+    nonzero ``partial``, ``bias`` or ``scale``. Algorithms in ``narrow`` pack their weights in bfloat16, and
+    some multiply in pairs where the processor has instructions for it.
     """
     planar = args["out"].get("channel_stride", 1) != 1
     thin = planar and args["out_channels"] <= 4
@@ -360,7 +399,7 @@ def options(args: dict[str, Any], narrow: tuple[int, ...] = ()) -> Options:
         close = [c for c in found if c.seconds < 2.0 * found[0].seconds]
 
         def measure(c: Choice, best: float = float("inf"), warm: bool = True) -> float:
-            return _measure({**args, "packed_dtype": int(c.algorithm in narrow)}, c, best, warm)
+            return _measure({**args, **parameters_of(c, narrow)}, c, best, warm)
 
         timed: Options = []
         for candidate in close:
@@ -374,7 +413,7 @@ def options(args: dict[str, Any], narrow: tuple[int, ...] = ()) -> Options:
                 c.seconds / e.seconds
                 for c in timed
                 for e in close
-                if (c.algorithm, c.block) == (e.algorithm, e.block)
+                if (c.algorithm, c.block, c.pairs) == (e.algorithm, e.block, e.pairs)
             )
             timed.append(replace(least, seconds=pace * least.seconds))
         known = sorted(timed, key=lambda c: c.seconds)

@@ -57,7 +57,7 @@ class Convolutions(Tensors):
         if gathering is not None:
             pretend.update(partial=1, count=1)
         chosen, info = self._choice(op, pretend)
-        picked = self._parameters(chosen)
+        picked = choices.parameters_of(chosen, self.narrow)
         fixed.update(picked)
         pretend.update(picked)
         addresses: dict[str, Address] = {"workspace": self._at(self.workspace)}
@@ -123,11 +123,7 @@ class Convolutions(Tensors):
         return chosen, self._info(chosen, pretend)
 
     def _info(self, chosen: choices.Choice, pretend: dict[str, Any]) -> dict[str, Any]:
-        return _C.conv_info(chosen.algorithm, {**pretend, **self._parameters(chosen)})
-
-    def _parameters(self, chosen: choices.Choice) -> dict[str, int]:
-        narrow = int(chosen.algorithm in self.narrow)
-        return {"block": chosen.block, "group": chosen.group, "packed_dtype": narrow}
+        return _C.conv_info(chosen.algorithm, {**pretend, **choices.parameters_of(chosen, self.narrow)})
 
     @staticmethod
     def _copies(chosen: choices.Choice) -> bool:
@@ -159,13 +155,14 @@ class Convolutions(Tensors):
         # A module that was replaced by another one at the same path has weights of its own.
         module = self.modules[path]
         owner = id(module) if isinstance(module, torch.nn.Module) else 0
-        return path, owner, chosen.algorithm, _C.active_level(), tuple(s["channels"] for s in args["sources"])
+        channels = tuple(s["channels"] for s in args["sources"])
+        return path, owner, chosen.algorithm, chosen.pairs, _C.active_level(), channels
 
     def _packed(
         self, path: str, module: Any, chosen: choices.Choice, args: dict[str, Any], floats: int
     ) -> Address:
         """Packed weights, one copy for all plans of the network."""
-        self.packed_sizes[path, chosen.algorithm] = 4 * floats
+        self.packed_sizes[path, chosen.algorithm, chosen.pairs] = 4 * floats
         key = self._pack_key(path, chosen, args)
         entry = self.packs.get(key)
         if entry is None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from networks import INSTANCE, relative
 from torch import nn
 
 import p2pfast
-from p2pfast import _C
+from p2pfast import _C, models
 from p2pfast.runtime import choice
 
 
@@ -130,3 +132,90 @@ def test_a_shortened_trial_stays_inside_its_memory(cache_dir: Path, monkeypatch:
     layer = nn.ConvTranspose2d(32, 512, 3, 2, 1, 1)
     p2pfast.optimize(nn.Sequential(layer, nn.InstanceNorm2d(512)))(torch.randn(1, 32, 8, 64))
     assert reads and all(last <= size for last, size in reads)
+
+
+def layer(kernel: int, stride: int = 1) -> dict[str, Any]:
+    """A layer as the planner asks for it: 64 channels in bfloat16."""
+    strides = {"image_stride": 32 * 32 * 64, "row_stride": 32 * 64, "pixel_stride": 64, "dtype": 1}
+    side = (32 + 2 - kernel) // stride + 1
+    return {
+        "images": 1,
+        "height": 32,
+        "width": 32,
+        "out_height": side,
+        "out_width": side,
+        "out_channels": 64,
+        "kernel_h": kernel,
+        "kernel_w": kernel,
+        "stride": stride,
+        "pad_top": 1,
+        "pad_left": 1,
+        "weight_out_stride": 64 * kernel**2,
+        "weight_in_stride": kernel**2,
+        "sources": [{**strides, "channels": 64}],
+        "out": strides,
+    }
+
+
+@pytest.mark.parametrize(
+    ("args", "accuracy", "expected"),
+    [
+        (layer(3), "default", {"direct", "winograd2", "streamed2"}),
+        (layer(3), "fast", {"direct", "winograd", "winograd2", "streamed", "streamed2"}),
+        (layer(4, 2), "default", {"direct"}),  # see choice._in_pairs
+        (layer(4, 2), "fast", {"direct", "winograd", "winograd2", "streamed", "streamed2"}),
+        (layer(7), "default", {"direct"}),
+    ],
+)
+def test_pairs_where_the_processor_multiplies_them(
+    args: dict[str, Any], accuracy: str, expected: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("P2PFAST_TUNE", "off")
+    for native in (False, True):
+        monkeypatch.setattr(choice, "multiplies_pairs", lambda native=native: native)
+        found = choice.options(args, choice.narrow(torch.bfloat16, accuracy))
+        pairs = {choice.ALGORITHMS[c.algorithm] for c in found if c.pairs}
+        assert pairs == (expected if native else set())
+        assert all(c.name.endswith("bfloat16 pairs") for c in found if c.pairs)
+        assert not any(c.pairs for c in choice.options(args, choice.narrow(torch.float32, accuracy)))
+        half = {c.packed for c in found if c.algorithm == choice.DIRECT}
+        assert half == {64 * 64 * args["kernel_h"] ** 2 * 2}
+
+
+def test_pairs_are_measured_and_remembered(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args, narrow = layer(3), choice.narrow(torch.bfloat16, "default")
+    without = choice.options(args, narrow)
+    monkeypatch.setattr(choice, "multiplies_pairs", lambda: True)
+    measured = choice.options(args, narrow)
+    assert any(c.pairs for c in measured) and not any(c.pairs for c in without)
+    choice.finish_measuring()
+    choice.cache.loaded = None  # as a new process finds it
+    monkeypatch.setattr(choice, "_measure", None)
+    assert choice.options(args, narrow) == measured
+    monkeypatch.setattr(choice, "multiplies_pairs", lambda: False)
+    assert choice.options(args, narrow) == without
+
+
+@pytest.mark.parametrize("name", ["resnet", "unet-instance", "global"])
+def test_pairs_keep_the_quality_of_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within 1 dB of PyTorch in bfloat16, with every layer in pairs that may be."""
+    monkeypatch.setenv("P2PFAST_TUNE", "off")
+    monkeypatch.setattr(choice, "multiplies_pairs", lambda: True)
+    monkeypatch.setattr(choice, "_PAIRS_SPEEDUP", 100.0)
+    networks = {
+        "resnet": lambda: models.ResnetGenerator(3, 3, 16, INSTANCE, False, 3),
+        "unet-instance": lambda: models.UnetGenerator(3, 3, 5, 16, INSTANCE),
+        "global": lambda: models.GlobalGenerator(5, 3, 16, 2, 2, INSTANCE),
+    }
+    net = networks[name]().eval()
+    for p in net.parameters():
+        if p.dim() > 1:
+            nn.init.kaiming_normal_(p, nonlinearity="relu")
+    x = torch.randn(1, 5 if name == "global" else 3, 64, 64)
+    with torch.no_grad():
+        exact = net(x)
+        eager = copy.deepcopy(net).bfloat16()(x.bfloat16())
+    fast = p2pfast.optimize(net, dtype=torch.bfloat16)
+    found = fast(x)
+    assert any("pairs" in row.kernel for row in p2pfast.explain(fast).rows)
+    assert relative(found, exact) < 1.12 * relative(eager, exact)

@@ -7,10 +7,10 @@ const ConvKernel conv_direct = {
     [](const ConvArgs& args) { return Direct{args}.packed_floats(); },
     [](const ConvArgs& args, float* packed) {
       const Direct direct{args};
-      auto pack = [&](auto* to) {
+      with_packed(args, [&]<class B>() {
+        B* to = reinterpret_cast<B*>(packed);
         args.weight_dtype == DType::kFloat32 ? direct.pack_from<float>(to) : direct.pack_from<bf16>(to);
-      };
-      args.packed_dtype == DType::kFloat32 ? pack(packed) : pack(reinterpret_cast<bf16*>(packed));
+      });
     },
     [](const ConvArgs& args, int threads) { return Direct{args}.workspace(threads); },
     [](const ConvArgs& args) { return Direct{args}.blocks(); },
