@@ -86,8 +86,8 @@ class Planned:
             input_act="relu",
         )
 
-    def prepare(self, algorithm: str, out_height: int, out_width: int) -> str | None:
-        """Packs for an algorithm; the reason where it cannot run."""
+    def prepare(self, algorithm: str, out_height: int, out_width: int, pairs: bool = False) -> str | None:
+        """Packs for an algorithm, in bfloat16 pairs if asked; the reason where it cannot run."""
         layer, room = self.layer, -(-self.out_channels // 16) * 16
         taps = layer.kernel**2
         self.out = torch.full((1, out_height, out_width, room), float("nan"), dtype=self.dtype)
@@ -132,6 +132,7 @@ class Planned:
                 "dtype": kind,
             },
             "block": BLOCKS.get(algorithm, 0),
+            "packed_dtype": 2 if pairs else 0,
         }
         self.number = ALGORITHMS.index(algorithm)
         self.info = _C.conv_info(self.number, self.call)
@@ -158,19 +159,30 @@ class Planned:
 def test_conv(
     compare: Callable[..., None], full: bool, layer: str, algorithm: str, dtype: torch.dtype
 ) -> None:
-    planned = Planned(LAYERS[layer], full, dtype)
+    _compare(compare, Planned(LAYERS[layer], full, dtype), algorithm)
+
+
+@pytest.mark.skipif(not _C.multiplies_pairs(), reason="no instructions for products of bfloat16 pairs")
+@pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if a not in ("thin", "winograd6")])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_conv_in_pairs(compare: Callable[..., None], full: bool, layer: str, algorithm: str) -> None:
+    _compare(compare, Planned(LAYERS[layer], full, torch.bfloat16), algorithm, pairs=True)
+
+
+def _compare(compare: Callable[..., None], planned: Planned, algorithm: str, pairs: bool = False) -> None:
+    layer, dtype = planned.layer, planned.dtype
     expected = planned.reference(torch.float32)()
     out_height, out_width = expected.shape[2:]
-    reason = planned.prepare(algorithm, out_height, out_width)
+    reason = planned.prepare(algorithm, out_height, out_width, pairs)
     if reason:
         pytest.skip(f"{algorithm} cannot do {layer}: {reason}")
     planned()
     got = planned.out[..., : planned.out_channels].permute(0, 3, 1, 2).float()
     error = ((got - expected).norm() / expected.norm()).item()
-    assert error < (5e-3 if dtype == torch.bfloat16 else 6e-6)
+    assert error < (1e-2 if pairs else 5e-3 if dtype == torch.bfloat16 else 6e-6)
     weights = planned.weight.nbytes + (planned.packed.nbytes if planned.info["packed_floats"] else 0)
     shape = planned.weight.shape
-    dense = shape.numel() * (planned.x.shape[1:3] if LAYERS[layer].transposed else expected.shape[2:]).numel()
+    dense = shape.numel() * (planned.x.shape[1:3] if layer.transposed else expected.shape[2:]).numel()
     compare(
         planned,
         planned.reference(dtype),
