@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
@@ -34,21 +35,36 @@ def test_exports_only_the_module() -> None:
     assert "PyInit__C" in exported and own == []
 
 
+@functools.cache
+def disassembly() -> list[tuple[str, str]]:
+    """Every instruction with the function that it belongs to."""
+    if not (MODULE.stat().st_size < 200e6 and "avx2" in _C.levels()):
+        pytest.skip("not an x86-64 build")
+    found, function = [], ""
+    for line in output("objdump", "-d", "--no-show-raw-insn", "-C", str(MODULE)).splitlines():
+        if line.endswith(">:"):
+            function = line[line.index("<") + 1 : -2]
+        else:
+            found.append((function, line))
+    return found
+
+
 def test_code_outside_the_levels_is_baseline() -> None:
     """A processor without AVX must be able to load the module and be told which level it has.
 
     Everything the linker could have taken from a kernel file by mistake (an inline function of a
     header, compiled with AVX) would show up outside the levels' namespaces.
     """
-    if not (MODULE.stat().st_size < 200e6 and "avx2" in _C.levels()):
-        pytest.skip("not an x86-64 build")
     wrong: dict[str, str] = {}
-    function = ""
-    for line in output("objdump", "-d", "--no-show-raw-insn", "-C", str(MODULE)).splitlines():
-        if line.endswith(">:"):
-            function = line[line.index("<") + 1 : -2]
-        elif re.search(r"\t(v[a-z0-9]+)\s.*%[xyz]mm", line) and not re.search(
+    for function, line in disassembly():
+        if re.search(r"\t(v[a-z0-9]+)\s.*%[xyz]mm", line) and not re.search(
             r"p2pfast::(avx2|avx512|avx512_bf16)::", function
         ):
             wrong.setdefault(function, line.strip())
     assert wrong == {}
+
+
+def test_pairs_use_the_instruction_where_there_is_one() -> None:
+    using = {function for function, line in disassembly() if "\tvdpbf16ps" in line}
+    assert all("p2pfast::avx512_bf16::" in function for function in using)
+    assert bool(using) != _C.build_info()["emulate_wide"]

@@ -17,6 +17,11 @@ def test_set_active_level(cpu_level: str) -> None:
     assert _C.active_level() == cpu_level
 
 
+def test_pairs_are_multiplied_where_there_are_instructions(cpu_level: str) -> None:
+    emulated = _C.build_info()["emulate_wide"]
+    assert _C.multiplies_pairs() == (cpu_level == "avx512_bf16" and not emulated)
+
+
 def test_wrong_level_keeps_the_active_one() -> None:
     before = _C.active_level()
     with pytest.raises(RuntimeError, match=r'set_active_level\("sse9"\): unknown instruction-set level'):
