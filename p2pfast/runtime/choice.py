@@ -86,16 +86,16 @@ def multiplies_pairs() -> bool:
     return bool(_C.multiplies_pairs())
 
 
-def _in_pairs(narrow: tuple[int, ...], kernel: int) -> tuple[int, ...]:
+def _in_pairs(narrow: tuple[int, ...], args: dict[str, Any]) -> tuple[int, ...]:
     """Algorithms that may multiply pairs: those that round weights anyway, with kept weights or streamed.
 
     Rounding what a tile is transformed to adds about as much error as rounding its weights does. Networks
     stay within 1 dB of PyTorch's bfloat16, but for the 4x4 kernels of a U-Net, whose tiles are two filters:
-    they would lose 2 dB.
+    they would lose 2 dB. Those with stride 1 are of higher order and lose more.
     """
     if not multiplies_pairs():
         return ()
-    if kernel == 4 and WINOGRAD not in narrow:
+    if args["kernel_h"] == 4 and (args.get("stride", 1) == 1 or WINOGRAD not in narrow):
         narrow = tuple(a for a in narrow if a == DIRECT)
     streamed = {WINOGRAD: STREAMED, WINOGRAD2: STREAMED2}
     return (*narrow, *(streamed[a] for a in narrow if a in streamed))
@@ -143,7 +143,7 @@ def _candidates(args: dict[str, Any], narrow: tuple[int, ...], thin_only: bool) 
         if thin_only and algorithm != THIN:
             continue
         for (block, group), pairs in itertools.product(parameters, (True, False)):
-            if pairs and algorithm not in _in_pairs(narrow, args["kernel_h"]):
+            if pairs and algorithm not in _in_pairs(narrow, args):
                 continue
             choice = Choice(algorithm, _balanced(algorithm, block, args), group, pairs=pairs)
             info = _C.conv_info(algorithm, {**args, **parameters_of(choice, narrow)})
@@ -168,7 +168,7 @@ def _signature(args: dict[str, Any], narrow: tuple[int, ...]) -> str:
     shape["out_dtype"] = args["out"].get("dtype", 0)
     shape["out_planar"] = args["out"].get("channel_stride", 1) != 1
     machine = (_C.processor_name(), _C.active_level(), _C.num_threads(), __version__)
-    return json.dumps([shape, narrow, machine, *_in_pairs(narrow, args["kernel_h"])], sort_keys=True)
+    return json.dumps([shape, narrow, machine, *_in_pairs(narrow, args)], sort_keys=True)
 
 
 def cache_file() -> Path:
