@@ -93,7 +93,7 @@ def _in_pairs(narrow: tuple[int, ...], args: dict[str, Any]) -> tuple[int, ...]:
     stay within 1 dB of PyTorch's bfloat16, but for the 4x4 kernels of a U-Net, whose tiles are two filters:
     they would lose 2 dB. Those with stride 1 are of higher order and lose more.
     """
-    if not multiplies_pairs():
+    if not narrow or not multiplies_pairs():
         return ()
     if args["kernel_h"] == 4 and (args.get("stride", 1) == 1 or WINOGRAD not in narrow):
         narrow = tuple(a for a in narrow if a == DIRECT)
