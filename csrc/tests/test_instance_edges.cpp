@@ -1,9 +1,12 @@
+#include <algorithm>
 #include <limits>
 #include <stdexcept>
 #include <vector>
 
 #include "cpu/instance_edges.h"
 #include "cpu/parallel.h"
+#include "cuda/instance_edges_kernel.h"
+#include "emulate.h"
 #include "testing.h"
 
 namespace {
@@ -42,7 +45,15 @@ void compare(int64_t images, int64_t height, int64_t width, int64_t padding) {
   std::vector<uint8_t> edges(static_cast<size_t>(images * height * width), 255);
   p2pfast::instance_edges({ids.data(), static_cast<int>(sizeof(T)), edges.data(), images, height, width,
                            image_stride, row_stride});
-  CHECK(edges == naive(ids.data(), images, height, width, image_stride, row_stride));
+  const std::vector<uint8_t> expected = naive(ids.data(), images, height, width, image_stride, row_stride);
+  CHECK(edges == expected);
+  std::fill(edges.begin(), edges.end(), uint8_t{255});
+  p2pfast::cuda::run_instance_edges({ids.data(), static_cast<int>(sizeof(T)), edges.data(), images, height,
+                                     width, image_stride, row_stride},
+                                    []<class Kernel>(const typename Kernel::Args& args, int64_t blocks) {
+                                      p2pfast::testing::emulate<Kernel>(args, blocks);
+                                    });
+  CHECK(edges == expected);
 }
 
 TEST(instance_edges_matches_naive) {

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not _C.build_info()["cuda"], reason=_C.build_inf
 # Registers a thread, of the kernels whose mangled names contain the word. 64 leave room for 1024 threads on a
 # multiprocessor, 40 for 1536.
 REGISTERS = {
-    "edges_kernel": 40,
+    "InstanceEdgesKernel": 40,
     "ImageUint8Kernel": 40,
     "LabelConvKernelIfLb0": 64,
     "LabelConvKernelINS0_8BFloat16ELb0": 64,

@@ -211,7 +211,14 @@ def test_native_arguments(wrong: dict[str, int], message: str) -> None:
 
 @pytest.mark.skipif(not hasattr(_C, "cuda_instance_edges"), reason="built without CUDA kernels")
 class TestCuda:
-    @pytest.mark.parametrize(("wrong", "message"), [*BAD, ({"device": -1}, "device is -1")])
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            *BAD,
+            ({"device": -1}, "device is -1"),
+            ({"images": 1 << 20, "height": 1 << 20}, "more than CUDA starts at a time; split the batch"),
+        ],
+    )
     def test_arguments(self, wrong: dict[str, int], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             _C.cuda_instance_edges(**(GOOD | {"device": 0, "stream": 0} | wrong))
