@@ -130,18 +130,24 @@ APPLIED: list[dict[str, Any]] = [
     {"act": "sigmoid", "pad": (1, 0, 0, 2), "pad_mode": "zeros", "slice": True},
     {"norm": False, "pad": (1, 1, 1, 1), "pad_mode": "reflect"},
     {"norm": False, "act": "relu", "border": True},
+    {"act": "relu", "inside": True, "residual": True},
 ]
 
 
 @pytest.mark.parametrize("case", APPLIED, ids=lambda c: " ".join(f"{k}={v}" for k, v in c.items()))
-def test_apply(small_tiles: None, device: str, case: dict[str, Any]) -> None:
+def test_apply(monkeypatch: pytest.MonkeyPatch, small_tiles: None, device: str, case: dict[str, Any]) -> None:
     dtype = DTYPES[len(str(case)) % 3]
     images, channels, height, width = shape = (2, 5, 3, 7)
     call = {
-        k: v for k, v in case.items() if k not in ("norm", "residual", "residual_norm", "slice", "border")
+        k: v
+        for k, v in case.items()
+        if k not in ("norm", "residual", "residual_norm", "slice", "border", "inside")
     }
     wide = image(images, channels + 3, height, width, dtype=dtype, device=device)
     x = wide[:, 2 : 2 + channels]
+    if case.get("inside"):
+        x = image(images, channels, height + 2, width + 2, dtype=dtype, device=device)[:, :, 1:-1, 1:-1]
+        monkeypatch.setattr(kernels, "channels_last", lambda t, any_rows: t if any_rows else None)
     scale, shift, residual_scale, residual_shift = torch.randn(4, images, channels, device=device)
     call |= {"scale": scale, "shift": shift} if case.get("norm", True) else {"scale": None, "shift": None}
     if case.get("residual"):

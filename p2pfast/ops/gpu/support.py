@@ -88,14 +88,24 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """``x`` (N, C, H, W) itself where its channels are adjacent and its pixels evenly spaced (also a slice of
-    the channels of such a tensor, or an expanded batch), else a channels_last copy."""
-    _, channels, height, width = x.shape
-    _, channel, row, pixel = x.stride()
-    adjacent = channel == 1 or channels == 1
-    even = height == 1 or width == 1 or row == width * pixel
-    if adjacent and even:
+def adjacent(x: Tensor) -> bool:
+    """Whether the channels of ``x`` (N, C, H, W) are next to each other."""
+    return x.stride(1) == 1 or x.shape[1] == 1
+
+
+def evenly_spaced(x: Tensor) -> bool:
+    """Whether a row's first pixel follows the row before as a pixel follows another."""
+    _, _, height, width = x.shape
+    return height == 1 or width == 1 or x.stride(2) == width * x.stride(3)
+
+
+def channels_last(x: Tensor, any_rows: bool = False) -> Tensor:
+    """``x`` (N, C, H, W) itself where its channels are adjacent and its pixels evenly spaced, else a copy.
+
+    A slice of the channels of such a tensor, or an expanded batch, is read as it is. With ``any_rows`` rows
+    may begin anywhere: the inside of a tensor with a border.
+    """
+    if adjacent(x) and (any_rows or evenly_spaced(x)):
         return x
     # .contiguous() would return a tensor of one channel as it is, whatever its strides.
     copy = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

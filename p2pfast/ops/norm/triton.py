@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from p2pfast.ops.conv.activation import activation_code
-from p2pfast.ops.gpu import Launch, Shipped, channels_last, check_tensor, on_device, pixel_stride
+from p2pfast.ops.gpu import (
+    Launch,
+    Shipped,
+    channels_last,
+    check_tensor,
+    evenly_spaced,
+    on_device,
+    pixel_stride,
+)
 from p2pfast.ops.gpu.device import activate, clamped, reflected, store
 
 import triton  # isort: skip
@@ -633,8 +641,7 @@ def apply_launch(
     of_x, of_out = layout(x, planes), layout(out, planes)
     of_residual = Layout(0, 0, 0) if residual is None else layout(residual, planes)
     padded = any(pad)
-    even_rows = out.shape[2] == 1 or planes or of_out.row == columns * of_out.stride
-    if not padded and even_rows:
+    if planes or not padded and all(evenly_spaced(v) for v in (x, residual, out) if v is not None):
         rows, columns = 1, height * width
     t = tiles(columns, channels, x.element_size(), planes)
     even = not padded and columns % t.BP == 0 and channels % t.CB == 0
@@ -707,7 +714,8 @@ def apply(
     One read of each input and one write; in place (``out`` is x or residual) where nothing is padded.
 
     Args:
-        x: (N, C, H, W) float32, bfloat16 or float16, with adjacent channels (others are copied).
+        x: (N, C, H, W) float32, bfloat16 or float16, with adjacent channels (others are copied); it may be a
+            slice of a wider tensor's channels, or the inside of one with a border.
         scale, shift: float32, (C,) or (N, C); None leaves x as it is.
         act, slope, input_act, ...: as for ``p2pfast.ops.conv.conv``.
         residual: (N, C, H, W), any of the dtypes, or None; with its own scale and shift, or None.
@@ -735,12 +743,12 @@ def apply(
     shape = (images, channels, top + height + bottom, left + width + right)
     _norm_stride("", scale, shift, x)
     _norm_stride("residual_", residual_scale, residual_shift, x)
-    x = channels_last(x.detach())
+    x = channels_last(x.detach(), any_rows=True)
     if residual is not None:
         check_tensor("residual", residual)
         if residual.shape != x.shape:
             raise ValueError(f"residual has shape {tuple(residual.shape)}, x {tuple(x.shape)}")
-        residual = channels_last(residual.detach())
+        residual = channels_last(residual.detach(), any_rows=True)
     if out is None:
         out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     else:
