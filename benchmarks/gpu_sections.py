@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import os
 import shutil
 import subprocess
@@ -306,7 +307,7 @@ def compiled(bench: Bench) -> None:
 
 def kernels(bench: Bench) -> None:
     """Single kernels at sizes of the flagship, as CUDA graphs of one launch."""
-    from p2pfast.runtime.gpu.kernels import Operand, Window, fused_kernels
+    from p2pfast.runtime.gpu.kernels import Operand, Sizes, Window, fused_kernels
 
     fused = fused_kernels(DEVICE)
     scale = 8 if bench.small else 1
@@ -355,18 +356,21 @@ def kernels(bench: Bench) -> None:
                 if up
                 else torch.randn(k, c, side, side, device=DEVICE)
             )
-            packed = fused.pack(weight * 0.02, dtype, window, (c,))
             out = torch.empty(1, oh, ow, k, device=DEVICE, dtype=dtype)
-            parts = fused.parts(packed, x, out)
-            partial, count = torch.empty(1, parts, 2, k, device=DEVICE), torch.empty(parts, device=DEVICE)
             s, t = torch.ones(2, 1, c, device=DEVICE)
             work = float(side * side * c * k * (h * w if up else oh * ow))
             moved = float((x.numel() + out.numel()) * size)
             for kind, source in (("plain", Operand(x)), ("prologue", Operand(x, s, t, "relu"))):
+                sizes = Sizes(1, (h, w), (oh, ow), (c,), k, kind == "prologue", True)
+                tiles = fused.tiles(window, sizes, dtype, DEVICE)
+                packed = fused.pack(weight * 0.02, dtype, window, sizes, tiles)
+                parts = fused.parts(packed, (oh, ow), tiles)
+                partial = torch.empty(1, parts, 2, k, device=DEVICE)
+                count = torch.empty(parts, device=DEVICE)
                 timed(
-                    f"conv {what} {kind}",
-                    lambda s=source, p=packed, o=out, n=window, a=partial, b=count: fused.conv(
-                        [s], p, None, o, n, "none", 0.0, a, b
+                    f"conv {what} {kind} {tiles.name}",
+                    functools.partial(
+                        fused.conv, [source], packed, tiles, None, out, window, "none", 0.0, partial, count
                     ),
                     moved,
                     work,

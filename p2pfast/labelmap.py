@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -89,12 +91,17 @@ class LabelMap:
 
     def to(self, device: torch.device | str) -> LabelMap:
         """The same maps on another device. Values are not checked again."""
+        return self.changed(lambda tensor: tensor.to(device))
+
+    def changed(self, move: Callable[[Tensor], Tensor]) -> LabelMap:
+        """The same maps with every tensor replaced by ``move`` of it, which must keep values, shape and type:
+        they are not checked again."""
         moved = object.__new__(LabelMap)
         moved.num_classes = self.num_classes
         moved.edges = self.edges
-        moved.labels = self.labels.to(device)
-        moved.instances = None if self.instances is None else self.instances.to(device)
-        moved.features = None if self.features is None else self.features.to(device)
+        moved.labels = move(self.labels)
+        moved.instances = None if self.instances is None else move(self.instances)
+        moved.features = None if self.features is None else move(self.features)
         return moved
 
     def edge_map(self) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from p2pfast.functional import image_to_uint8
 from p2pfast.labelmap import LabelMap
 from p2pfast.pipeline.sizes import Fit, network_fit
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str) -> torch.dtype:
-    """``float32`` or ``bfloat16`` as a dtype. Raises UsageError."""
+    """``float32``, ``bfloat16`` or, on a GPU, ``float16`` as a dtype. Raises UsageError."""
     if name not in DTYPES:
-        raise UsageError(f"--dtype {name}: use {' or '.join(DTYPES)}")
+        raise UsageError(f"--dtype {name}: use {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -53,10 +54,12 @@ def accelerate(
 ) -> nn.Module:
     """p2pfast's version of a network, on ``device``; it takes LabelMap as well as tensors.
 
-    Raises UsageError for a ``memory_limit`` that is no size.
+    Raises UsageError for a ``memory_limit`` that is no size, and for float16 on the CPU.
     """
     import p2pfast
 
+    if dtype == torch.float16 and device.type == "cpu":
+        raise UsageError("--dtype float16: only GPUs have kernels for it; use float32 or bfloat16")
     try:
         return p2pfast.optimize(model.to(device), dtype=dtype, memory_limit=memory_limit)
     except ValueError as error:
@@ -122,12 +125,58 @@ def count_classes(channels: int, with_instances: bool, given: int | None) -> int
 
 def run(network: Network, given: LabelMap | Tensor) -> Tensor:
     """Run a batch and give (N, H, W, 1 or 3) uint8. Raises UsageError if the output is no picture."""
+    return start(network, given).result()
+
+
+class Pictures:
+    """A batch on its way: the device may still be computing and copying it."""
+
+    def __init__(self, pixels: Tensor, ready: Any, taken: Any) -> None:
+        self._pixels, self._ready, self._taken = pixels, ready, taken
+
+    def result(self) -> Tensor:
+        """Waits for the (N, H, W, 1 or 3) uint8 pixels."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        self._taken = None
+        return self._pixels
+
+
+def start(network: Network, given: LabelMap | Tensor) -> Pictures:
+    """Start a batch. On a GPU this returns before it is done, so that decoding, copying, computing and
+    encoding of neighbouring batches overlap: inputs and results are copied from and to pinned memory, on the
+    stream that computes, and pixels are made on the device.
+
+    Raises UsageError if the output is no picture.
+    """
     with torch.inference_mode():
-        moved = given.to(network.device)
-        output = network.run(moved)
-        if not isinstance(output, Tensor) or output.dim() != 4 or output.shape[1] not in (1, 3):
-            found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise UsageError(
-                f"the network gives {found}, not pictures of 1 or 3 channels; is it a generator?"
-            )
-        return image_to_uint8(output).cpu()
+        if network.device.type != "cuda":
+            return Pictures(_pixels(network, given), None, None)
+        pinned = _pinned(given)
+        pixels = _pixels(network, _moved(pinned, network.device))
+        host = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
+        host.copy_(pixels, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record(torch.cuda.current_stream(network.device))
+        # Pinned memory must not be used again before the device has read it.
+        return Pictures(host, ready, pinned)
+
+
+def _pixels(network: Network, given: LabelMap | Tensor) -> Tensor:
+    output = network.run(given)
+    if not isinstance(output, Tensor) or output.dim() != 4 or output.shape[1] not in (1, 3):
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise UsageError(f"the network gives {found}, not pictures of 1 or 3 channels; is it a generator?")
+    return image_to_uint8(output)
+
+
+def _pinned(given: LabelMap | Tensor) -> LabelMap | Tensor:
+    if isinstance(given, Tensor):
+        return given.pin_memory()
+    return given.changed(lambda tensor: tensor.pin_memory())
+
+
+def _moved(given: LabelMap | Tensor, device: torch.device) -> LabelMap | Tensor:
+    if isinstance(given, Tensor):
+        return given.to(device, non_blocking=True)
+    return given.changed(lambda tensor: tensor.to(device, non_blocking=True))

@@ -206,7 +206,7 @@ def test_images(run: Run, tmp_path: Path, image_checkpoint: Path) -> None:
     [
         (["--size", "huge"], "use original, multiple or WIDTHxHEIGHT"),
         (["--format", "bmp"], "use png or jpg"),
-        (["--dtype", "float8"], "use float32 or bfloat16"),
+        (["--dtype", "float8"], "use float32, bfloat16, float16"),
         (["--device", "tpu"], "use auto, cpu or cuda"),
         (["--num-classes", "40"], "40 classes and an instance edge make 41"),
         (["--images", "."], "give either --labels"),

@@ -15,7 +15,7 @@ from p2pfast.ops.conv.activation import activate
 from p2pfast.ops.instance_edges.reference import instance_edges_reference
 from p2pfast.ops.label_conv.reference import label_conv_reference
 from p2pfast.runtime.gpu.frame import Frame
-from p2pfast.runtime.gpu.kernels import Operand, Window
+from p2pfast.runtime.gpu.kernels import Operand, Sizes, Window
 from p2pfast.runtime.gpu.plan import BEFORE, DURING, GpuPlan
 
 PARTS = 3
@@ -92,16 +92,20 @@ class PlainKernels:
             )
         out.copy_(image.permute(0, 2, 3, 1))
 
-    def pack(self, weight: Tensor, dtype: torch.dtype, window: Window, sources: tuple[int, ...]) -> Any:
+    def tiles(self, window: Window, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Any:
+        return SimpleNamespace(layout="plain", name="plain")
+
+    def pack(self, weight: Tensor, dtype: torch.dtype, window: Window, sizes: Sizes, tiles: Any) -> Any:
         return SimpleNamespace(data=weight.to(dtype).clone())
 
-    def parts(self, packed: Any, x: Tensor, out: Tensor) -> int:
+    def parts(self, packed: Any, out_size: tuple[int, int], tiles: Any) -> int:
         return PARTS
 
     def conv(
         self,
         sources: list[Operand],
         packed: Any,
+        tiles: Any,
         bias: Tensor | None,
         out: Tensor,
         window: Window,

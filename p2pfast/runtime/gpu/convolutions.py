@@ -15,7 +15,7 @@ from p2pfast.fuse.graph import AddOp, ApplyOp, ConvOp, View
 from p2pfast.runtime.gpu import forms
 from p2pfast.runtime.gpu.forms import APPLIED, LIBRARY, PROLOGUE, Form, Layer
 from p2pfast.runtime.gpu.frame import Frame
-from p2pfast.runtime.gpu.kernels import Operand, Window
+from p2pfast.runtime.gpu.kernels import Operand, Sizes, Tiles, Window
 from p2pfast.runtime.gpu.measure import stopwatch
 from p2pfast.runtime.gpu.plan import Place, Report, Weights
 from p2pfast.runtime.gpu.tensors import NO_PAD, Pad, Stored, Tensors
@@ -125,36 +125,49 @@ class Convolutions(Tensors):
         self._report(Report(op.name, kind, detail, form.reason, layer.multiplications, moved))
         if form.kind == PROLOGUE:
             sources = [self._operand(v) for v in op.inputs]
+            size_in = layer.height, layer.width
         else:
             border = self._border(op)
             ready = self._bordered(op.inputs, border, op.pad_mode)
             sources = [self._plain(ready)]
+            size_in = ready.shape[1], ready.shape[2]
             if border != NO_PAD:
                 window = Window(window.kernel, window.stride, (0, 0), "zeros", window.transposed)
             if form.kind == LIBRARY:
                 self._library(op, module, window, ready)
                 return
-        self._own(op, module, window, sources)
+        pending = any(v.norm is not None or v.act is not None for v in op.inputs)
+        self._own(op, module, window, sources, size_in, pending and form.kind == PROLOGUE)
 
-    def _own(self, op: ConvOp, module: Any, window: Window, sources: list[Any]) -> None:
-        """The Triton kernel, which gathers its statistics itself."""
+    def _own(
+        self,
+        op: ConvOp,
+        module: Any,
+        window: Window,
+        sources: list[Any],
+        size: tuple[int, int],
+        pending: bool,
+    ) -> None:
+        """The Triton kernel, which gathers its statistics itself; ``size`` is its input's in memory."""
         out = self._place(self._nhwc(op.out), op.name)
         self.stored[op.out] = Stored(out)
         kernels = self.kernels
         channels = tuple(self._shape(v.base)[1] for v in op.inputs)
         if len(sources) == 1:
             channels = (sum(channels),)
-        packed = self._packed(op.path, module, window, channels).packed
+        n, height, width, c = out.shape
+        statistics = self._needs_statistics(op.out)
+        sizes = Sizes(n, size, (height, width), channels, c, pending, statistics)
+        tiles = kernels.tiles(window, sizes, self.dtype, self.device)
+        self.plan.reports[-1].reason += f"; {tiles.name}"
+        packed = self._packed(op.path, module, window, sizes, tiles).packed
         bias = self._parameter(module, "bias")
         kind, slope = ("none", 0.0) if op.act is None else (op.act.kind, op.act.slope)
         reads = tuple(m for s in sources for m in s.reads)
         writes: tuple[Any, ...] = (out.memory,)
         partial = count = None
-        if self._needs_statistics(op.out):
-            n, h, w, c = out.shape
-            source = self._shape(op.inputs[0].base)
-            x = torch.empty((source[0], *source[2:], channels[0]), dtype=self.dtype, device="meta")
-            parts = kernels.parts(packed, x, torch.empty(out.shape, dtype=self.dtype, device="meta"))
+        if statistics:
+            parts = kernels.parts(packed, (height, width), tiles)
             partial = self._place((n, parts, 2, c), "partial", torch.float32)
             count = self._place((parts,), "count", torch.float32)
             writes += (partial.memory, count.memory)
@@ -163,6 +176,7 @@ class Convolutions(Tensors):
             kernels.conv(
                 [s.fetch(frame) for s in sources],
                 packed,
+                tiles,
                 None if bias is None else bias(frame),
                 frame.at(out),
                 window,
@@ -212,12 +226,12 @@ class Convolutions(Tensors):
         if self._needs_statistics(op.out):
             self._survey(op.out)
 
-    def _packed(self, path: str, module: Any, window: Window, channels: tuple[int, ...]) -> Weights:
+    def _packed(self, path: str, module: Any, window: Window, sizes: Sizes, tiles: Tiles) -> Weights:
         """Packed weights, one copy for all plans of the network."""
         # A module that was replaced by another one at the same path has weights of its own.
         owner = id(module) if isinstance(module, torch.nn.Module) else 0
         padding = window.padding if window.transposed else None
-        key = (path, owner, self.dtype, channels, padding)
+        key = (path, owner, self.dtype, sizes.channels, padding, tiles.layout)
         known = self.packs.get(key)
         if known is None:
 
@@ -225,7 +239,7 @@ class Convolutions(Tensors):
                 return [module.weight]
 
             def pack() -> Any:
-                return self.kernels.pack(module.weight.detach(), self.dtype, window, channels)
+                return self.kernels.pack(module.weight.detach(), self.dtype, window, sizes, tiles)
 
             seen = Seen(tensors())
             packed = pack()

@@ -17,7 +17,7 @@ from p2pfast.ops.gpu import on_device
 from p2pfast.ops.instance_edges.op import instance_edges
 from p2pfast.ops.label_conv.op import label_conv
 from p2pfast.ops.norm import triton as norms
-from p2pfast.runtime.gpu.kernels import Operand, Window
+from p2pfast.runtime.gpu.kernels import Operand, Sizes, Tiles, Window
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -81,20 +81,43 @@ class FusedKernels:
         with on_device(out):
             norms.apply_launch(**arguments, pad_mode=pad_mode).run()
 
-    def pack(self, weight: Tensor, dtype: torch.dtype, window: Window, sources: tuple[int, ...]) -> Any:
-        padding = window.padding if window.transposed else (0, 0)
+    def tiles(self, window: Window, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Tiles:
+        problem = convolutions.Problem(
+            sizes.images,
+            sizes.size,
+            sizes.out_size,
+            sizes.channels,
+            sizes.out_channels,
+            window.kernel,
+            window.stride,
+            window.padding,
+            window.pad_mode,
+            window.transposed,
+            dtype,
+            sizes.pending,
+            sizes.statistics,
+        )
+        return convolutions.choose(problem, device, library=False).best
+
+    def pack(self, weight: Tensor, dtype: torch.dtype, window: Window, sizes: Sizes, tiles: Any) -> Any:
         return convolutions.pack(
-            weight, window.transposed, dtype, stride=window.stride, padding=padding, channels=sources
+            weight,
+            window.transposed,
+            dtype,
+            stride=window.stride,
+            padding=window.padding,
+            channels=sizes.channels,
+            layout=tiles.layout,
         )
 
-    def parts(self, packed: Any, x: Tensor, out: Tensor) -> int:
-        config = convolutions.default_config(packed, x, out)
-        return convolutions.parts(packed, out.shape[1], out.shape[2], config)
+    def parts(self, packed: Any, out_size: tuple[int, int], tiles: Any) -> int:
+        return convolutions.parts(packed, *out_size, tiles.config)
 
     def conv(
         self,
         sources: list[Operand],
         packed: Any,
+        tiles: Any,
         bias: Tensor | None,
         out: Tensor,
         window: Window,
@@ -115,6 +138,7 @@ class FusedKernels:
             slope=slope,
             partial=partial,
             count=count,
+            config=tiles.config,
         )
 
     # --- label maps --------------------------------------------------------------------------------

@@ -35,6 +35,29 @@ class Window:
     transposed: bool
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What, besides its window, decides how a convolution is run."""
+
+    images: int
+    size: tuple[int, int]  # of the input as it lies in memory, with a border that was written
+    out_size: tuple[int, int]
+    channels: tuple[int, ...]  # of each input
+    out_channels: int
+    pending: bool  # the inputs have a normalisation or an activation to be done
+    statistics: bool
+
+
+class Tiles(Protocol):
+    """A choice among the ways to run a convolution: the layout of its weights, and what to call it."""
+
+    @property
+    def layout(self) -> str | None: ...
+
+    @property
+    def name(self) -> str: ...
+
+
 class Kernels(Protocol):
     """What a plan needs of a device."""
 
@@ -64,17 +87,20 @@ class Kernels(Protocol):
     ) -> None:
         """out = pad(act(x + residual)); ``pad`` is (top, bottom, left, right)."""
 
-    def pack(self, weight: Tensor, dtype: torch.dtype, window: Window, sources: tuple[int, ...]) -> Any:
-        """Weights as :meth:`conv` reads them, in an attribute ``data``; ``sources`` are the channels of its
-        inputs."""
+    def tiles(self, window: Window, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Tiles:
+        """The quickest way to run a convolution, measured or estimated."""
 
-    def parts(self, packed: Any, x: Tensor, out: Tensor) -> int:
-        """Parts of the statistics that :meth:`conv` gathers; the tensors may be on the meta device."""
+    def pack(self, weight: Tensor, dtype: torch.dtype, window: Window, sizes: Sizes, tiles: Any) -> Any:
+        """Weights as :meth:`conv` reads them, in an attribute ``data``."""
+
+    def parts(self, packed: Any, out_size: tuple[int, int], tiles: Any) -> int:
+        """Parts of the statistics that :meth:`conv` gathers."""
 
     def conv(
         self,
         sources: list[Operand],
         packed: Any,
+        tiles: Any,
         bias: Tensor | None,
         out: Tensor,
         window: Window,

@@ -1,6 +1,6 @@
 """Times the forms of a convolution on the device, once for each shape, remembered on disk.
 
-``P2PFAST_TUNE`` and ``P2PFAST_CACHE_DIR`` are those of :mod:`p2pfast.runtime.choice`.
+``P2PFAST_TUNE`` and ``P2PFAST_CACHE_DIR`` are those of :mod:`p2pfast.ops.measured`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 
 from p2pfast.ops.gpu import allows_tf32
 from p2pfast.ops.gpu.capture import capture
-from p2pfast.runtime.choice import cache_file
+from p2pfast.ops.measured import cache_folder, tuning
 from p2pfast.runtime.gpu.forms import APPLIED, LIBRARY, PROLOGUE, Layer
-from p2pfast.runtime.gpu.kernels import Operand, Window
+from p2pfast.runtime.gpu.kernels import Operand, Sizes, Window
 
 if TYPE_CHECKING:
     from p2pfast.runtime.gpu.tensors import Tensors
@@ -28,7 +28,7 @@ _RUNS = 5
 
 
 def _path() -> Any:
-    return cache_file().with_name("choices-gpu.json")
+    return cache_folder() / "choices-gpu.json"
 
 
 def _read() -> dict[str, float]:
@@ -51,9 +51,7 @@ def _write(entries: dict[str, float]) -> None:
 
 def stopwatch(layer: Layer, window: Window, statistics: bool, of: Tensors) -> Callable[[str], float] | None:
     """Seconds of a form of a layer on the device of ``of``; None where measuring is switched off."""
-    mode = os.environ.get("P2PFAST_TUNE", "on")
-    if mode not in ("on", "off", "force"):
-        raise ValueError(f"P2PFAST_TUNE is {mode!r}; choose on, off or force")
+    mode = tuning()
     if mode == "off" or of.device.type != "cuda":
         return None
     from p2pfast import __version__
@@ -123,17 +121,21 @@ def _measure(kind: str, layer: Layer, window: Window, statistics: bool, of: Tens
             if statistics:
                 kernels.statistics(result.permute(0, 2, 3, 1))
     else:
-        packed = kernels.pack(weight, dtype, window, (c,))
+        used = window if kind == PROLOGUE else bare
+        source_size = (h, w) if kind == PROLOGUE else (prepared.shape[1], prepared.shape[2])
+        waiting = layer.pending and kind == PROLOGUE
+        sizes = Sizes(n, source_size, shape[2:], (c,), shape[1], waiting, statistics)
+        tiles = kernels.tiles(used, sizes, dtype, device)
+        packed = kernels.pack(weight, dtype, used, sizes, tiles)
         partial = count = None
         if statistics:
-            parts = kernels.parts(packed, x, out)
+            parts = kernels.parts(packed, shape[2:], tiles)
             partial = torch.empty(n, parts, 2, shape[1], device=device)
             count = torch.empty(parts, device=device)
 
         def run() -> None:
             source = pending if kind == PROLOGUE else prepare()
-            used = window if kind == PROLOGUE else bare
-            kernels.conv([source], packed, None, out, used, "none", 0.0, partial, count)
+            kernels.conv([source], packed, tiles, None, out, used, "none", 0.0, partial, count)
 
     assert kind in (PROLOGUE, APPLIED, LIBRARY)
     return seconds(run, device)
