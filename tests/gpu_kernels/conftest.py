@@ -20,6 +20,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent.name == "gpu_kernels":
             item.add_marker(pytest.mark.filterwarnings(INTERPRETER_WARNINGS))
+            if not interpreted():  # `-m gpu` is all that runs on one
+                item.add_marker(pytest.mark.gpu)
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
