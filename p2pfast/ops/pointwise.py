@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,38 @@ def gradient_weights(values: Sequence[Tensor], weights: Sequence[float]) -> list
     return [w if x.dtype == torch.float16 else 1.0 for x, w in zip(values, weights, strict=True)]
 
 
+class Call(NamedTuple):
+    """What the native pass is given. ``kept`` are copies that must live until it has run."""
+
+    arguments: dict[str, Any]
+    out: Tensor
+    gradients: list[Tensor]
+    kept: tuple[list[Tensor], list[Tensor]]
+
+
+def _call(
+    loss: str,
+    target: float,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor] | None,
+    weights: Sequence[float],
+    gradient: bool,
+) -> Call:
+    a = [dense(x.detach()) for x in a]
+    others = a if b is None else [dense_like(y.detach(), x) for x, y in zip(a, b, strict=True)]
+    gradients = [torch.empty_like(x) for x in a] if gradient else []
+    missing = gradient_weights(a, weights)
+    parts = []
+    for i, (x, y, weight) in enumerate(zip(a, others, weights, strict=True)):
+        stored = 1.0 if missing[i] != 1.0 else weight
+        address = gradients[i].data_ptr() if gradient else 0
+        kinds = (TYPES[x.dtype], TYPES[y.dtype])
+        parts.append((x.data_ptr(), y.data_ptr(), address, x.numel(), *kinds, weight, stored))
+    out = torch.empty((), dtype=torch.float32, device=a[0].device)
+    arguments = {"loss": LOSSES.index(loss), "target": target, "parts": parts, "out": out.data_ptr()}
+    return Call(arguments, out, gradients, (a, others))
+
+
 def run_pointwise(
     loss: str,
     target: float,
@@ -59,29 +91,11 @@ def run_pointwise(
     gradient: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """The weighted sum, a float32 scalar, and the gradients with respect to ``a`` (none unless wanted), which
-    are to be multiplied by ``gradient_weights``. All tensors are on one device, the CPU or a GPU."""
-    a = [dense(x.detach()) for x in a]
-    if b is not None:
-        b = [dense_like(y.detach(), x) for x, y in zip(a, b, strict=True)]
-    gradients = [torch.empty_like(x) for x in a] if gradient else []
-    missing = gradient_weights(a, weights)
-    parts = []
-    for i, (x, weight) in enumerate(zip(a, weights, strict=True)):
-        y = x if b is None else b[i]
-        stored = 1.0 if missing[i] != 1.0 else weight
-        address = gradients[i].data_ptr() if gradient else 0
-        kinds = (TYPES[x.dtype], TYPES[y.dtype])
-        parts.append((x.data_ptr(), y.data_ptr(), address, x.numel(), *kinds, weight, stored))
-    device = a[0].device
-    out = torch.empty((), dtype=torch.float32, device=device)
-    arguments = {"loss": LOSSES.index(loss), "target": target, "parts": parts, "out": out.data_ptr()}
-    if device.type == "cpu":
-        _C.set_num_threads(torch.get_num_threads())
-        _C.pointwise_loss(**arguments)
-    else:
-        sums = torch.empty(_C.cuda_pointwise_loss_sums(parts=parts), dtype=torch.float64, device=device)
-        launch("pointwise_loss", device, **arguments, workspace=sums.data_ptr())
-    return out, gradients
+    are to be multiplied by ``gradient_weights``. All tensors are on the CPU."""
+    call = _call(loss, target, a, b, weights, gradient)
+    _C.set_num_threads(torch.get_num_threads())
+    _C.pointwise_loss(**call.arguments)
+    return call.out, call.gradients
 
 
 def run_pointwise_on_cuda(
@@ -93,9 +107,13 @@ def run_pointwise_on_cuda(
     weights: Sequence[float],
     gradient: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """``run_pointwise`` where the build has its kernel; a RuntimeError with the reason where not."""
+    """``run_pointwise`` of tensors on one GPU; a RuntimeError with the reason if the build has no kernel."""
     require_kernel("pointwise_loss", operator, "the tensors")
-    return run_pointwise(loss, target, a, b, weights, gradient)
+    call = _call(loss, target, a, b, weights, gradient)
+    count = _C.cuda_pointwise_loss_sums(parts=call.arguments["parts"])
+    sums = torch.empty(count, dtype=torch.float64, device=call.out.device)
+    launch("pointwise_loss", call.out.device, **call.arguments, workspace=sums.data_ptr())
+    return call.out, call.gradients
 
 
 def fake_pointwise(a: Sequence[Tensor], gradient: bool) -> tuple[Tensor, list[Tensor]]:

@@ -91,7 +91,7 @@ def _feature_matching(
 
 
 @_feature_matching.register_kernel("cuda")
-def _(
+def _on_cuda(
     fake: Sequence[Tensor], real: Sequence[Tensor], weights: Sequence[float], squared: bool, gradient: bool
 ) -> tuple[Tensor, list[Tensor]]:
     means = _mean_weights(fake, weights)

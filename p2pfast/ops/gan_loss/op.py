@@ -76,7 +76,7 @@ def _gan_loss(
 
 
 @_gan_loss.register_kernel("cuda")
-def _(
+def _on_cuda(
     predictions: Sequence[Tensor], loss: str, target: float, weight: float, gradient: bool
 ) -> tuple[Tensor, list[Tensor]]:
     weights = _weights(predictions, weight)

@@ -70,7 +70,7 @@ def image_uint8(x: Tensor, tanh: bool = False) -> Tensor:
 
 
 @image_uint8.register_kernel("cuda")
-def _(x: Tensor, tanh: bool = False) -> Tensor:
+def _on_cuda(x: Tensor, tanh: bool = False) -> Tensor:
     require_kernel("image_uint8", "image_uint8", "x")
     out = torch.empty(_check(x), dtype=torch.uint8, device=x.device)
     launch("image_uint8", x.device, **_numbers(x.detach(), tanh, out))

@@ -75,7 +75,7 @@ def instance_edges(ids: Tensor) -> Tensor:
 
 
 @instance_edges.register_kernel("cuda")
-def _(ids: Tensor) -> Tensor:
+def _on_cuda(ids: Tensor) -> Tensor:
     require_kernel("instance_edges", "instance_edges", "the ids")
     rows = _rows(ids)
     edges = torch.empty(ids.shape, dtype=torch.uint8, device=ids.device)

@@ -119,7 +119,7 @@ def instance_pool(features: Tensor, ids: Tensor) -> Tensor:
 
 
 @instance_pool.register_kernel("cuda")
-def _(features: Tensor, ids: Tensor) -> Tensor:
+def _on_cuda(features: Tensor, ids: Tensor) -> Tensor:
     require_kernel("instance_pool", "instance_pool", "features and ids")
     _check(features, ids)
     features = dense(features.detach())

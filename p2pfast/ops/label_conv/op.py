@@ -208,7 +208,7 @@ def label_conv(
 
 
 @label_conv.register_kernel("cuda")
-def _(
+def _on_cuda(
     labels: Tensor,
     edges: Tensor | None,
     weight: Tensor,
