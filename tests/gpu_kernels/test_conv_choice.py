@@ -17,6 +17,7 @@ from p2pfast.ops.conv.gpu import choice, configs  # noqa: E402
 from p2pfast.ops.conv.gpu.configs import Machine  # noqa: E402
 from p2pfast.ops.conv.triton import (  # noqa: E402
     Candidate,
+    Choice,
     Config,
     Problem,
     Source,
@@ -46,7 +47,7 @@ def test_the_model_prefers_what_fits_the_shape() -> None:
 def test_a_plan_and_its_run_agree_on_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan sizes statistics with tensors on the meta device; the weights tell which device will run."""
     small = Machine(processors=8, shared=48 * 1024)
-    monkeypatch.setattr(configs, "machine", lambda device: small if device == CPU else Machine())
+    monkeypatch.setattr(choice, "machine", lambda device: small if device == CPU else Machine())
     packed = pack(torch.zeros(128, 64, 3, 3), False, torch.bfloat16)
     found = []
     for device in ("cpu", "meta"):
@@ -96,6 +97,27 @@ def test_measured_choices_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(asked) > count  # an entry that makes no sense is measured again
     monkeypatch.setenv("P2PFAST_TUNE", "off")
     assert not choose(TRUNK, device).best.measured
+
+
+def test_no_configuration_means_a_measured_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of ``choose`` for weights on a GPU: the same layout, the sizes of the tensors."""
+    asked: list[tuple[Problem, tuple[str, ...] | None]] = []
+
+    def chosen(
+        problem: Problem, device: torch.device, library: bool, layouts: tuple[str, ...] | None
+    ) -> Choice:
+        asked.append((problem, layouts))
+        return Choice(Candidate("phases", Config(64, 64, 64), 1e-5, True))
+
+    monkeypatch.setattr(choice, "choose", chosen)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    packed = pack(torch.zeros(64, 128, 4, 4), True, torch.bfloat16, stride=2, padding=(1, 1))
+    x, out = torch.empty(1, 8, 9, 64, device="meta"), torch.empty(1, 16, 18, 128, device="meta")
+    decided = choice._decide(packed, x.bfloat16(), out.bfloat16(), torch.device("cuda"))
+    assert decided == Config(64, 64, 64)
+    expected = Problem(1, (8, 9), (16, 18), (64,), 128, (4, 4), 2, (1, 1), transposed=True)
+    assert asked == [(expected, ("phases",))]
 
 
 @pytest.mark.gpu

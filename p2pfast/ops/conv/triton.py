@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from p2pfast.ops.conv.gpu.choice import Candidate, Choice, Problem, choose
-from p2pfast.ops.conv.gpu.configs import Config, default_config, parts
-from p2pfast.ops.conv.gpu.launch import conv
+from p2pfast.ops.conv.gpu.call import conv
+from p2pfast.ops.conv.gpu.choice import Candidate, Choice, Problem, choose, default_config
+from p2pfast.ops.conv.gpu.configs import Config, parts
 from p2pfast.ops.conv.gpu.library import library_conv
 from p2pfast.ops.conv.gpu.pack import Packed, pack
 from p2pfast.ops.conv.gpu.shipped import shipped

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from p2pfast.ops.conv.gpu.configs import Config, machine, parts, ranked
-from p2pfast.ops.conv.gpu.launch import conv
+from p2pfast.ops.conv.gpu.launch import build, padding_of
 from p2pfast.ops.conv.gpu.library import library_conv, library_refuses
 from p2pfast.ops.conv.gpu.pack import Packed, pack, refuses
 from p2pfast.ops.conv.gpu.source import Source
@@ -28,8 +29,8 @@ from p2pfast.ops.gpu.capture import capture
 from p2pfast.ops.measured import cache_folder, tuning
 
 # An estimate that is this far behind needs no measurement to lose.
-_WORTH_MEASURING = 1.6
-_MOST_MEASURED = 6
+_WORTH_MEASURING = 1.5
+_MOST_MEASURED = 4  # compiling takes seconds
 _RUNS = 5
 _REPEATS = 4  # of a launch in one timed graph
 
@@ -93,12 +94,15 @@ class Choice:
         return text + "".join(f"; not {name}: {reason}" for name, reason in self.refused)
 
 
-def estimated(problem: Problem, device: torch.device) -> tuple[list[Candidate], list[tuple[str, str]]]:
+def estimated(
+    problem: Problem, device: torch.device, layouts: tuple[str, ...] | None = None
+) -> tuple[list[Candidate], list[tuple[str, str]]]:
     """The kernels' candidates by the model, quickest first; the layouts that cannot run, with the reason."""
     found: list[Candidate] = []
     refused: list[tuple[str, str]] = []
     tf32 = allows_tf32() if problem.precision is None else problem.precision != "ieee"
-    for layout in ("phases", "columns") if problem.transposed else ("plain", "rows"):
+    possible = ("phases", "columns") if problem.transposed else ("plain", "rows")
+    for layout in possible if layouts is None else layouts:
         reason = refuses(layout, problem.transposed, problem.stride, problem.kernel, problem.out_channels)
         if reason:
             refused.append((layout, reason))
@@ -137,25 +141,28 @@ def _weight(problem: Problem, device: torch.device) -> torch.Tensor:
     return w.contiguous(memory_format=torch.channels_last)
 
 
-def choose(problem: Problem, device: torch.device, library: bool = True) -> Choice:
+def choose(
+    problem: Problem, device: torch.device, library: bool = True, layouts: tuple[str, ...] | None = None
+) -> Choice:
     """The quickest way to do a convolution on a device.
 
     Args:
         device: where it will run; of a CPU (Triton's interpreter), only the model is asked.
+        layouts: of packed weights, where not all shall be candidates.
         library: whether the library's convolution between passes is a candidate; an estimate never picks it.
 
     Raises:
         ValueError: ``P2PFAST_TUNE`` has an unknown value.
     """
     mode = tuning()
-    found, refused = estimated(problem, device)
+    found, refused = estimated(problem, device, layouts)
     if device.type != "cuda" or mode == "off":
         return Choice(found[0], tuple(found[1:]), tuple(refused))
     window = problem.kernel, problem.stride, problem.padding, problem.transposed
     reason = library_refuses(problem.size, problem.out_size, *window) if library else "not asked for"
     if reason:
         refused.append(("library", reason))
-    signature = _signature(problem, device, reason is None)
+    signature = _signature(problem, device, reason is None, layouts)
     known = None if mode == "force" else _known(signature)
     if known is None:
         timed = []
@@ -169,6 +176,55 @@ def choose(problem: Problem, device: torch.device, library: bool = True) -> Choi
         known = sorted(timed, key=lambda c: c.seconds)
         _remember(signature, known)
     return Choice(known[0], tuple(known[1:]), tuple(refused))
+
+
+_decided: dict[object, Config] = {}
+
+
+def default_config(packed: Packed, x: Tensor, out: Tensor) -> Config:
+    """What ``conv`` takes for x (N, H, W, C) and out (N, H', W', Cout) where it is given no configuration.
+
+    Measured on the first use of a shape on a GPU, with a normalisation on load and statistics; by the model
+    elsewhere, where measuring is switched off, in PyTorch's deterministic mode, and while a CUDA graph is
+    captured. The same for as long as the process lives. x and out may be on the meta device.
+    """
+    # Not x's: a plan asks with tensors on the meta device, and has to be told what a run will be.
+    device = packed.data.device
+    key = packed.geometry, tuple(x.shape), tuple(out.shape), x.dtype, allows_tf32(), device, tuning()
+    if key not in _decided:
+        _decided[key] = _decide(packed, x, out, device)
+    return _decided[key]
+
+
+def _decide(packed: Packed, x: Tensor, out: Tensor, device: torch.device) -> Config:
+    size, out_size = (x.shape[1], x.shape[2]), (out.shape[1], out.shape[2])
+    padding = packed.padding
+    if not packed.transposed:
+        # That of the same sizes with both sides alike; which padding it is hardly changes the time.
+        spans = [(o - 1) * packed.stride + k for o, k in zip(out_size, packed.kernel, strict=True)]
+        padding = max(0, spans[0] - size[0]) // 2, max(0, spans[1] - size[1]) // 2
+    elif packed.layout == "columns":
+        padding = 0, 0
+    problem = Problem(
+        out.shape[0],
+        size,
+        out_size,
+        packed.channels,
+        packed.out_channels,
+        packed.kernel,
+        packed.stride,
+        padding,
+        "zeros",
+        packed.transposed,
+        x.dtype,
+    )
+    quiet = torch.are_deterministic_algorithms_enabled()
+    if device.type == "cuda" and not quiet and not torch.cuda.is_current_stream_capturing():
+        found = choose(problem, device, False, (packed.layout,)).best
+    else:
+        found = estimated(problem, device, (packed.layout,))[0][0]
+    assert found.config is not None  # only the library has none
+    return found.config
 
 
 def runner(problem: Problem, candidate: Candidate, device: torch.device) -> Callable[[], None]:
@@ -203,20 +259,24 @@ def runner(problem: Problem, candidate: Candidate, device: torch.device) -> Call
         partial = torch.empty(n, number, 2, problem.out_channels, device=device)
         count = torch.empty(number, device=device)
 
-    def by_kernel() -> None:
-        conv(
-            sources,
-            packed,
-            None,
-            out,
-            **how,
-            partial=partial,
-            count=count,
-            config=candidate.config,
-            precision=problem.precision,
-        )
-
-    return by_kernel
+    precision = problem.precision or ("tf32" if allows_tf32() else "ieee")
+    launch = build(
+        sources,
+        packed,
+        None,
+        out,
+        stride=problem.stride,
+        padding=problem.padding,
+        pad=padding_of(sources, packed, out, **how),
+        act="none",
+        slope=0.0,
+        residual=None,
+        partial=partial,
+        count=count,
+        config=candidate.config,
+        precision=precision if dtype == torch.float32 else "tf32",
+    )
+    return launch.run
 
 
 def _time(run: Callable[[], None], device: torch.device) -> float:
@@ -243,7 +303,7 @@ def _time(run: Callable[[], None], device: torch.device) -> float:
         return best
 
 
-def _signature(problem: Problem, device: torch.device, library: bool) -> str:
+def _signature(problem: Problem, device: torch.device, library: bool, layouts: tuple[str, ...] | None) -> str:
     """What a choice depends on: the problem, the device and the versions of what runs there."""
     import triton
 
@@ -259,6 +319,7 @@ def _signature(problem: Problem, device: torch.device, library: bool) -> str:
         triton.__version__,
         __version__,
         library,
+        layouts,
     )
     return hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:32]
 

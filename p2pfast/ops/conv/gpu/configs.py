@@ -10,10 +10,8 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from p2pfast.ops.conv.gpu.pack import FLAT_BELOW, Geometry, Packed, round_up
-from p2pfast.ops.gpu import allows_tf32
+from p2pfast.ops.conv.gpu.pack import FLAT_BELOW, Geometry, round_up
 
 
 @dataclass(frozen=True)
@@ -178,26 +176,6 @@ def ranked(
         for c in candidates(packed, itemsize, on, cores)
     ]
     return tuple(sorted(timed, key=lambda pair: pair[0]))
-
-
-def default_config(packed: Packed, x: Tensor, out: Tensor, pending: bool = True) -> Config:
-    """The model's choice for a convolution of x (N, H, W, C) to out (N, H', W', Cout).
-
-    Args:
-        pending: x has a normalisation or an activation to be done.
-    """
-    order = ranked(
-        packed.geometry,
-        out.shape[0],
-        out.shape[1],
-        out.shape[2],
-        x.element_size(),
-        pending,
-        allows_tf32(),
-        # Not x's: a plan asks with tensors on the meta device, and has to be told what a run will be.
-        machine(packed.data.device),
-    )
-    return order[0][1]
 
 
 def phase_sizes(packed: Geometry, out_height: int, out_width: int) -> list[int]:

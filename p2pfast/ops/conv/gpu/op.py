@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from p2pfast.ops.conv.gpu.launch import conv
+from p2pfast.ops.conv.gpu.call import conv
 from p2pfast.ops.conv.gpu.pack import pack
 from p2pfast.ops.conv.gpu.source import Source
 
