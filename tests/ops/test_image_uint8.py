@@ -10,7 +10,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from p2pfast import _C
-from p2pfast.functional import image_to_uint8
 from p2pfast.ops.image_uint8 import image_uint8, image_uint8_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -189,7 +188,7 @@ def test_native_checks(field: str, value: int, message: str) -> None:
 
 def test_fake_cuda_tensors() -> None:
     with FakeTensorMode():
-        y = image_to_uint8(torch.empty(2, 3, 5, 7, dtype=torch.bfloat16, device="cuda"))
+        y = image_uint8(torch.empty(2, 3, 5, 7, dtype=torch.bfloat16, device="cuda"))
     assert y.shape == (2, 5, 7, 3) and y.dtype == torch.uint8 and y.device.type == "cuda"
 
 
