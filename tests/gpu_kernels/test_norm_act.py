@@ -41,6 +41,11 @@ def fused(x: Tensor, call: dict[str, Any], grad: Tensor) -> dict[str, Tensor]:
     affine = full.get("weight"), full.get("bias")
     dx, dweight, dbias, dresidual = kernels.backward(grad, x, *affine, mean, variance, frozen, *numbers)
     assert y.stride() == x.stride() and dx.stride() == x.stride()
+    # PyTorch refuses results of an operator that share memory with its arguments or with each other.
+    given = [t for t in (x, grad, *call.values()) if isinstance(t, Tensor)]
+    for results in ([y, mean, variance], [dx, dweight, dbias, dresidual]):
+        own = [t.untyped_storage().data_ptr() for t in results if t.numel()]
+        assert len({*own}) == len(own) and not {*own} & {t.untyped_storage().data_ptr() for t in given}
     found = {"y": y, "x": dx, "weight": dweight, "bias": dbias, "residual": dresidual}
     wanted = {"y", "x"} | {n for n in ("weight", "bias", "residual") if full.get(n) is not None}
     return {name: t for name, t in found.items() if name in wanted}

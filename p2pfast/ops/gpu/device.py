@@ -54,6 +54,13 @@ def dot(a, b, acc, PRECISION: tl.constexpr = "tf32"):
 
 
 @triton.jit
+def inverse_root(v):
+    """1 / sqrt(v), each step rounded to nearest: a GPU's plain ones are off by a few units in the last place,
+    which every value of a channel would be multiplied by."""
+    return tl.div_rn(tl.full(v.shape, 1.0, tl.float32), tl.sqrt_rn(v))
+
+
+@triton.jit
 def sigmoid(v):
     return 1.0 / (1.0 + tl.exp(-v))
 

@@ -22,7 +22,7 @@ from p2pfast.ops.gpu import (
     on_device,
     pixel_stride,
 )
-from p2pfast.ops.gpu.device import activate, clamped, reflected, store
+from p2pfast.ops.gpu.device import activate, clamped, inverse_root, reflected, store
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -342,7 +342,7 @@ def _map_kernel(
     # What rounding left in the mean of large numbers: d has lost nothing, and is not rounded again.
     rest = tl.sum(d, 0) / n
     variance = tl.maximum(tl.sum(d * d, 0) / n - rest * rest, 0.0)
-    scale = 1.0 / tl.sqrt(variance + eps)
+    scale = inverse_root(variance + eps)
     if weight is not None:
         scale *= tl.load(weight + channel, mask=there, other=0.0)
     shift = -rest * scale

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from p2pfast.ops.conv.activation import activation_code
 from p2pfast.ops.gpu import Launch, Shipped, check_tensor, on_device
-from p2pfast.ops.gpu.device import activation_gradient, store
+from p2pfast.ops.gpu.device import activation_gradient, inverse_root, store
 from p2pfast.ops.norm.triton import (
     GROUP,
     Layout,
@@ -43,7 +43,7 @@ def _channel_values(mean, variance, weight, bias, instance, channel, channels, e
     there = channel < channels
     at = instance * channels + channel
     center = tl.load(mean + at, mask=there, other=0.0)
-    rstd = 1.0 / tl.sqrt(tl.load(variance + at, mask=there, other=1.0) + eps)
+    rstd = inverse_root(tl.load(variance + at, mask=there, other=1.0) + eps)
     gain = tl.full(channel.shape, 1.0, tl.float32)
     if weight is not None:
         gain = tl.load(weight + channel, mask=there, other=0.0)
@@ -408,9 +408,8 @@ def forward(
     y, used_mean, used_variance = normalise(
         x, weight, bias, mean, variance, over_batch, eps, act, slope, residual, planes
     )
-    if mean is not None:  # the results of an operator share no memory with its arguments
-        used_mean, used_variance = used_mean.clone(), used_variance.clone()
-    return y, used_mean, used_variance
+    # The results of an operator share no memory with its arguments or with each other: PyTorch raises.
+    return y, used_mean.clone(), used_variance.clone()
 
 
 def backward(
