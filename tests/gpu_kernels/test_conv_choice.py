@@ -118,6 +118,10 @@ def test_no_configuration_means_a_measured_one(monkeypatch: pytest.MonkeyPatch) 
     assert decided == Config(64, 64, 64)
     expected = Problem(1, (8, 9), (16, 18), (64,), 128, (4, 4), 2, (1, 1), transposed=True)
     assert asked == [(expected, ("phases",))]
+    packed = pack(torch.zeros(64, 3, 4, 4), True, torch.bfloat16, stride=2, padding=(1, 1))
+    assert packed.layout == "columns" and packed.window == (3, 3)
+    choice._decide(packed, x.bfloat16(), out[..., :3].bfloat16(), torch.device("cuda"))
+    assert asked[1] == (replace(expected, out_channels=3), ("columns",))
 
 
 @pytest.mark.gpu

@@ -70,6 +70,8 @@ def _check(
     if stride != packed.stride:
         raise ValueError(f"stride is {stride}; the weights were packed for {packed.stride}")
     if packed.transposed:
+        if tuple(padding) != packed.given:
+            raise ValueError(f"padding is {padding}; the weights were packed for {packed.given}")
         if pad_mode != "zeros":
             raise ValueError(f"pad_mode is {pad_mode!r}; a transposed convolution has only 'zeros'")
     if residual is not None:
@@ -130,7 +132,8 @@ def conv(
         bias: (Cout,), floating point, or None.
         out: (N, H', W', Cout) view of any of the three dtypes, channel stride 1; its height and width say how
             far the padding at the bottom and at the right goes, and the output padding if transposed.
-        stride, padding: padding at the top and at the left; transposed, both as given to ``pack``.
+        stride: as given to ``pack``.
+        padding: at the top and at the left; transposed, as given to ``pack``.
         pad_mode: ``"zeros"``, ``"reflect"`` or ``"replicate"``; padding follows the sources' activations.
         act, slope: as for ``p2pfast.ops.conv.conv``.
         residual: (N, H', W', Cout), added before the activation.

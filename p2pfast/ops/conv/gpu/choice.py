@@ -198,13 +198,11 @@ def default_config(packed: Packed, x: Tensor, out: Tensor) -> Config:
 
 def _decide(packed: Packed, x: Tensor, out: Tensor, device: torch.device) -> Config:
     size, out_size = (x.shape[1], x.shape[2]), (out.shape[1], out.shape[2])
-    padding = packed.padding
+    padding = packed.given
     if not packed.transposed:
         # That of the same sizes with both sides alike; which padding it is hardly changes the time.
         spans = [(o - 1) * packed.stride + k for o, k in zip(out_size, packed.kernel, strict=True)]
         padding = max(0, spans[0] - size[0]) // 2, max(0, spans[1] - size[1]) // 2
-    elif packed.layout == "columns":
-        padding = 0, 0
     problem = Problem(
         out.shape[0],
         size,

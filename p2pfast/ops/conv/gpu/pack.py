@@ -33,7 +33,8 @@ class Geometry:
             (few output channels, stride 1): columns are (output row, horizontal tap, channel), the last two
             padded to powers of two, and depth is input rows times channels.
         window: height and width of the window that a column's depth covers.
-        padding: top and left; of ``"columns"``, that of the union's window.
+        padding: top and left, of a window; of ``"columns"``, of the union's.
+        given: the padding that ``pack`` was given.
         rows: output rows of a tile of the layout ``"rows"``, else 1.
         columns, depth: of the packed weights.
     """
@@ -43,6 +44,7 @@ class Geometry:
     window: tuple[int, int]
     stride: int
     padding: tuple[int, int]
+    given: tuple[int, int]
     transposed: bool
     channels: tuple[int, ...]
     out_channels: int
@@ -159,7 +161,7 @@ def pack(
         raise ValueError(
             f"channels is {channels}; one or two numbers that sum to the weight's {c} are expected"
         )
-    layout = layout or preferred(transposed, stride, (height, width), cout)
+    layout = layout or preferred(transposed, stride, (height, width), cout, padding)
     wrong = refuses(layout, transposed, stride, (height, width), cout)
     if wrong:
         raise ValueError(f"layout is {layout!r}: {wrong}")
@@ -168,6 +170,7 @@ def pack(
             f"padding is {padding}; it must be below the transposed kernel's size {height}x{width}"
         )
     w = w.to(dtype)
+    given = padding[0], padding[1]
     window, rows = (height, width), 1
     if layout == "plain":
         data = _depth(w, channels)
@@ -188,6 +191,7 @@ def pack(
         window=window,
         stride=stride,
         padding=(padding[0], padding[1]),
+        given=given,
         transposed=transposed,
         channels=channels,
         out_channels=cout,
@@ -213,11 +217,13 @@ def refuses(layout: str, transposed: bool, stride: int, kernel: tuple[int, int],
     return None
 
 
-def preferred(transposed: bool, stride: int, kernel: tuple[int, int], cout: int) -> str:
+def preferred(
+    transposed: bool, stride: int, kernel: tuple[int, int], cout: int, padding: tuple[int, int]
+) -> str:
     """The layout that reads its input least often without much more arithmetic."""
     if transposed:
         columns = stride * stride * cout
-        unions = [_union(k, stride, 0)[1] for k in kernel]
+        unions = [_union(k, stride, p)[1] for k, p in zip(kernel, padding, strict=True)]
         inside = unions[0] * unions[1] * max(16, columns)
         return (
             "columns" if columns <= 128 and inside <= 2 * kernel[0] * kernel[1] * max(16, cout) else "phases"
