@@ -8,8 +8,9 @@ Every section is a process of its own with its own limit of time: one that fails
 does not stop the others, and its rows up to then are kept. Written are SECTION.jsonl and SECTION.log,
 gpu.json (device, versions, state of every section, all rows, comparisons) and gpu.md, its tables.
 
-Peers are validated against float32 eager before they are timed. ``--scale small`` runs the same code on tiny
-inputs, to find out whether it works.
+All but the section "tuned" take forms and tiles by their estimate (P2PFAST_TUNE=off): to compile and time
+every candidate takes longer than there is. Peers are validated against float32 eager before they are timed.
+``--scale small`` runs the same code on tiny inputs, to find out whether it works.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ import gpu_record
 from gpu_record import Section
 
 SECTIONS = (
-    Section("correctness", 75, "pytest -m gpu"),
-    Section("ceilings", 15, "copy, matrix products, reads of the second-level cache"),
+    Section("ceilings", 12, "copy, matrix products, reads of the second-level cache"),
+    Section("compile", 50, "Triton kernels of the networks below, on all processors at once"),
     Section(
-        "flagship", 60, "pix2pixHD 2048x1024, batch 1 and 8: eager, p2pfast with and without CUDA graphs"
+        "flagship", 55, "pix2pixHD 2048x1024, batch 1 and 8: eager, p2pfast with and without CUDA graphs"
     ),
-    Section("kernels", 45, "single kernels at the flagship's sizes, with their share of the ceilings"),
-    Section("networks", 40, "resnet_9blocks and unet_256 at 256 and 1024: eager and p2pfast"),
-    Section("translate", 30, "files to files, images a second"),
-    Section(
-        "training", 50, "steps of pix2pixHD 1024x512 and pix2pix 256x256 and their memory: eager, p2pfast"
-    ),
-    Section("sanitizer", 35, "compute-sanitizer on the CUDA kernels"),
-    Section("compiled", 110, "torch.compile max-autotune of the networks and steps above"),
+    Section("kernels", 35, "single kernels at the flagship's sizes, with their share of the ceilings"),
+    Section("correctness", 60, "pytest -m gpu"),
+    Section("networks", 30, "resnet_9blocks and unet_256 at 256 and 1024: eager and p2pfast"),
+    Section("translate", 25, "files to files, images a second"),
+    Section("training", 40, "steps of pix2pixHD and pix2pix 256x256, their memory: eager, p2pfast, compiled"),
+    Section("sanitizer", 30, "compute-sanitizer on the CUDA kernels"),
+    Section("tuned", 60, "the flagship with forms and tiles chosen by measurement"),
+    Section("compiled", 70, "torch.compile max-autotune of the networks above"),
 )
 BUDGET = 470  # seconds of everything
 
