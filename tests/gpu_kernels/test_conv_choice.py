@@ -184,7 +184,7 @@ def test_library_does_the_same(name: str, device: str) -> None:
     )
     truth = torch.tanh(raw + added.permute(0, 3, 1, 2).double())
     torch.testing.assert_close(
-        out.permute(0, 3, 1, 2).double(), truth, rtol=0, atol=1e-2 if device == "cuda" else 1e-4
+        out.permute(0, 3, 1, 2).double(), truth, rtol=0, atol=5e-2 if device == "cuda" else 1e-4
     )
     assert found is not None and float(found[1].sum()) == raw.shape[2] * raw.shape[3]
 

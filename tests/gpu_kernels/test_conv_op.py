@@ -33,7 +33,7 @@ def test_layouts_of_memory(device: str) -> None:
         )
         truth = conv_reference(x, weight, None, 1, 1, 0, False, "reflect", scale, shift, "relu", 0.0, "tanh")
         assert y.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(y, truth, rtol=1e-3, atol=1e-3 if device == "cuda" else 1e-5)
+        torch.testing.assert_close(y, truth, rtol=1e-3, atol=2e-2 if device == "cuda" else 1e-5)
 
 
 @pytest.mark.gpu
