@@ -91,12 +91,16 @@ def _in_pairs(narrow: tuple[int, ...], args: dict[str, Any]) -> tuple[int, ...]:
 
     Rounding what a tile is transformed to adds about as much error as rounding its weights does. Networks
     stay within 1 dB of PyTorch's bfloat16, but for the 4x4 kernels of a U-Net, whose tiles are two filters:
-    they would lose 2 dB. Those with stride 1 are of higher order and lose more.
+    they would lose 2 dB. Those with stride 1 are of higher order and lose more, and so do large tiles of
+    strided and transposed layers.
     """
     if not narrow or not multiplies_pairs():
         return ()
-    if args["kernel_h"] == 4 and (args.get("stride", 1) == 1 or WINOGRAD not in narrow):
-        narrow = tuple(a for a in narrow if a == DIRECT)
+    fast, stride = WINOGRAD in narrow, args.get("stride", 1)
+    if args["kernel_h"] == 4 and (stride == 1 or not fast):
+        narrow = (DIRECT,)
+    elif stride != 1:
+        narrow = (DIRECT, WINOGRAD2)
     streamed = {WINOGRAD: STREAMED, WINOGRAD2: STREAMED2}
     return (*narrow, *(streamed[a] for a in narrow if a in streamed))
 

@@ -163,7 +163,8 @@ def layer(kernel: int, stride: int = 1) -> dict[str, Any]:
         (layer(3), "default", {"direct", "winograd2", "streamed2"}),
         (layer(3), "fast", {"direct", "winograd", "winograd2", "streamed", "streamed2"}),
         (layer(4, 2), "default", {"direct"}),  # see choice._in_pairs
-        (layer(4, 2), "fast", {"direct", "winograd", "winograd2", "streamed", "streamed2"}),
+        (layer(4, 2), "fast", {"direct", "winograd2", "streamed2"}),
+        (layer(3, 2), "fast", {"direct", "winograd2", "streamed2"}),
         (layer(4), "fast", {"direct"}),
         (layer(7), "default", {"direct"}),
     ],
