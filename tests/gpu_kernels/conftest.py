@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent.name == "gpu_kernels":
             item.add_marker(pytest.mark.filterwarnings(INTERPRETER_WARNINGS))
-            if not interpreted():  # `-m gpu` is all that runs on one
+            if not interpreted() and "device" in getattr(item, "fixturenames", ()):
                 item.add_marker(pytest.mark.gpu)
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))

@@ -128,3 +128,21 @@ def test_in_a_graph_of_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert state.engine.seconds() == [0.0] * len(state.engine.last[0].reports)
     monkeypatch.setattr(engine, "_in_capture", lambda device: False)
     assert relative(fast(x), expected) == 0
+
+
+def test_inference_mode_may_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a plan keeps is made outside of it: PyTorch refuses later writes to tensors made inside."""
+    monkeypatch.setenv("P2PFAST_STRICT", "1")
+    monkeypatch.setattr(engine, "on_cpu", {"kernels": PlainKernels(), "frame": ShuffledFrame})
+    net, (x,) = make("resnet-batch")
+    fast = p2pfast.optimize(net.eval(), backend="cuda")
+    with torch.inference_mode():
+        expected = fast(x)
+    assert relative(fast(x), expected) == 0
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(2)
+    changed = fast(x)
+    assert relative(changed, expected) > 0.01
+    with torch.inference_mode():
+        assert relative(fast(x.clone()), changed) == 0

@@ -88,7 +88,9 @@ class CudaEngine(Engine):
                     f"argument {index} is on {value.device} and the network on {self.device}: move it with "
                     f".to({str(self.device)!r})"
                 )
-        return super()._run(args, kwargs)
+        # What a plan keeps is written to again, which tensors made in inference mode would not allow.
+        with torch.inference_mode(False):
+            return super()._run(args, kwargs)
 
     def _plan(self, graph: Graph, modules: dict[str, Any], inputs: dict[str, Any], taken: int) -> GpuPlan:
         lowering = Lowering(
