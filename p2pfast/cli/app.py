@@ -21,7 +21,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-DTYPE_HELP = "float32, or bfloat16: half the memory, quicker where the processor has it, errors of about 1 %."
+DTYPE_HELP = (
+    "float32, or bfloat16: half the memory, quicker where the processor has it, errors of about 1 %; "
+    "float16 on GPUs."
+)
 DEVICE_HELP = "auto takes a GPU if PyTorch finds one."
 MEMORY_HELP = (
     "Memory for the network, such as 8GB; larger pictures are computed in bands, with the same result. "
@@ -29,7 +32,7 @@ MEMORY_HELP = (
 )
 THREADS_HELP = "Processor threads for the network; 0 takes all cores."
 
-Dtype = Annotated[str, typer.Option("--dtype", metavar="float32|bfloat16", help=DTYPE_HELP)]
+Dtype = Annotated[str, typer.Option("--dtype", metavar="float32|bfloat16|float16", help=DTYPE_HELP)]
 Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help=DEVICE_HELP)]
 Threads = Annotated[int, typer.Option("--threads", min=0, max=1024, help=THREADS_HELP)]
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from p2pfast import _C
 from p2pfast.ops.conv import triton as convolutions
 from p2pfast.ops.cuda import launch, require_kernel
-from p2pfast.ops.gpu import on_device
 from p2pfast.ops.instance_edges.op import instance_edges
 from p2pfast.ops.label_conv.op import label_conv
 from p2pfast.ops.norm import triton as norms
@@ -58,28 +57,23 @@ class FusedKernels:
         pad_mode: str,
     ) -> None:
         r = Operand(x.tensor) if residual is None else residual
-        arguments: dict[str, Any] = {
-            "x": _image(x.tensor),
-            "scale": x.scale,
-            "shift": x.shift,
-            "act": act,
-            "slope": slope,
-            "residual": None if residual is None else _image(r.tensor),
-            "residual_scale": r.scale,
-            "residual_shift": r.shift,
-            "out": _image(out),
-            "pad": pad,
-            "input_act": x.act,
-            "input_slope": x.slope,
-            "residual_act": r.act,
-            "residual_slope": r.slope,
-        }
-        if not any(pad):
-            norms.apply(**arguments, pad_mode="zeros")
-            return
-        # Written row by row, so that operands inside a border are read in place.
-        with on_device(out):
-            norms.apply_launch(**arguments, pad_mode=pad_mode).run()
+        norms.apply(
+            _image(x.tensor),
+            x.scale,
+            x.shift,
+            act,
+            slope,
+            None if residual is None else _image(r.tensor),
+            r.scale,
+            r.shift,
+            _image(out),
+            pad,
+            pad_mode,
+            x.act,
+            x.slope,
+            r.act,
+            r.slope,
+        )
 
     def tiles(self, window: Window, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Tiles:
         problem = convolutions.Problem(
