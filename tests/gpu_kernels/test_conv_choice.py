@@ -13,6 +13,8 @@ from p2pfast.ops.conv.reference import conv_reference
 
 pytest.importorskip("triton")
 
+from triton.runtime.errors import OutOfResources  # noqa: E402
+
 from p2pfast.ops.conv.gpu import choice, configs  # noqa: E402
 from p2pfast.ops.conv.gpu.configs import Machine  # noqa: E402
 from p2pfast.ops.conv.triton import (  # noqa: E402
@@ -97,6 +99,31 @@ def test_measured_choices_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(asked) > count  # an entry that makes no sense is measured again
     monkeypatch.setenv("P2PFAST_TUNE", "off")
     assert not choose(TRUNK, device).best.measured
+
+
+def test_tiles_that_do_not_fit_a_device_lose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared memory is known when a kernel is compiled; the others go on."""
+    monkeypatch.setenv("P2PFAST_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("P2PFAST_TUNE", "on")
+    names: list[str] = []
+    any_fit = [True]
+
+    def time(name: str, device: torch.device) -> float:
+        names.append(name)
+        if len(names) == 1 or not any_fit[0]:
+            raise OutOfResources(131072, 101376, "shared memory")
+        return 1e-5 * len(names)
+
+    monkeypatch.setattr(choice, "_time", time)
+    monkeypatch.setattr(choice, "machine", lambda device: Machine())
+    monkeypatch.setattr(choice, "_signature", lambda *about: "shape")
+    monkeypatch.setattr(choice, "runner", lambda problem, candidate, device: candidate.name)
+    found = choose(TRUNK, torch.device("cuda"), library=False)
+    assert found.best.measured and found.best.name == names[1]
+    assert "Required: 131072" in dict(found.refused)[names[0]]
+    any_fit[0] = False
+    monkeypatch.setenv("P2PFAST_TUNE", "force")
+    assert not choose(TRUNK, torch.device("cuda"), library=False).best.measured
 
 
 def test_no_configuration_means_a_measured_one(monkeypatch: pytest.MonkeyPatch) -> None:

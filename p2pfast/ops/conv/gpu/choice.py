@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from p2pfast.ops.conv.gpu.configs import Config, machine, parts, ranked
 from p2pfast.ops.conv.gpu.launch import build, padding_of
@@ -167,12 +168,17 @@ def choose(
     if known is None:
         timed = []
         for c in [c for c in found if c.seconds < _WORTH_MEASURING * found[0].seconds][:_MOST_MEASURED]:
-            timed.append(
-                dataclasses.replace(c, seconds=_time(runner(problem, c, device), device), measured=True)
-            )
+            try:
+                seconds = _time(runner(problem, c, device), device)
+            except (OutOfResources, torch.OutOfMemoryError) as error:  # of a multiprocessor, or of the device
+                refused.append((c.name, str(error)))
+                continue
+            timed.append(dataclasses.replace(c, seconds=seconds, measured=True))
         if reason is None:
             guess = Candidate(None, None, 0.0, True)
             timed.append(dataclasses.replace(guess, seconds=_time(runner(problem, guess, device), device)))
+        if not timed:
+            return Choice(found[0], tuple(found[1:]), tuple(refused))
         known = sorted(timed, key=lambda c: c.seconds)
         _remember(signature, known)
     return Choice(known[0], tuple(known[1:]), tuple(refused))
