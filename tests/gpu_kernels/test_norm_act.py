@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from p2pfast.ops.gpu import triton_reason
+from p2pfast.ops.norm import instance_norm_act
 from p2pfast.ops.norm_act import norm_act, norm_act_backward, norm_act_reference
 from p2pfast.ops.norm_act.op import _norm_act, _norm_act_backward
 
@@ -154,6 +155,32 @@ def test_the_operators_have_cuda_kernels() -> None:
                 y, x, None, None, mean, variance, False, 1e-5, "gelu", 0.0, None, False
             )
             assert y.device == dx.device == x.device and dx.dtype == dtype and mean.shape == (2, 3)
+
+
+def test_the_operators_call_the_kernels(device: str) -> None:
+    """What the dispatcher calls for CUDA tensors, on tensors that the interpreter takes."""
+    x, grad = torch.randn(2, 2, 1, 2, 3, device=device)
+    forward, backward = (o._backend_fns["cuda"] for o in (_norm_act, _norm_act_backward))
+    y, mean, variance = forward(x, None, None, None, None, False, 1e-5, "relu", 0.0, None)
+    dx, *_ = backward(grad, x, None, None, mean, variance, False, 1e-5, "relu", 0.0, None, False)
+    exact = of_autograd(x, {"act": "relu"}, grad, torch.float64)
+    torch.testing.assert_close(y.double(), exact["y"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dx.double(), exact["x"], rtol=1e-4, atol=1e-5)
+    y = instance_norm_act._backend_fns["cuda"](x, act="relu")
+    torch.testing.assert_close(y.double(), exact["y"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_opcheck_on_the_gpu() -> None:
+    x = torch.randn(2, 5, 6, 7, device="cuda", requires_grad=True)
+    weight = torch.rand(5, device="cuda")
+    for memory_format, over_batch in itertools.product(FORMATS.values(), (False, True)):
+        args = (x.contiguous(memory_format=memory_format), weight, weight, None, None, over_batch)
+        torch.library.opcheck(_norm_act, (*args, 1e-5, "relu", 0.0, torch.randn_like(args[0])))
+    mean = weight.detach()
+    given = (x.detach(), x.detach(), None, None, mean, mean + 1, False, 1e-5, "relu", 0.0, None, True)
+    torch.library.opcheck(_norm_act_backward, given)
+    torch.library.opcheck(instance_norm_act, (x, weight, weight))
 
 
 @pytest.mark.gpu
