@@ -140,7 +140,11 @@ class _State:
         self.packed_limit = None if self.memory_limit is None else self.memory_limit // 2
 
     def _parameter(self) -> torch.Tensor | None:
-        return next((p for p in self.plain.parameters() if p.is_floating_point()), None)
+        for module in self.plain.modules():  # quicker than parameters(): it stops at the first
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.is_floating_point():
+                    return parameter
+        return None
 
     def _engine(self) -> AnyEngine:
         """The engine for the parameters' present dtype and device.
@@ -178,7 +182,7 @@ class _State:
                     self.source, dtype, native, device, self._add_piece, self.memory_limit, **(tests or {})
                 )
             else:
-                self.engines[key] = CpuEngine(
+                engine = CpuEngine(
                     self.source,
                     dtype,
                     native,
@@ -187,6 +191,8 @@ class _State:
                     self.memory_limit,
                     self.options["accuracy"],
                 )
+                engine.may_lose &= self.options["backend"] == "auto"
+                self.engines[key] = engine
         return self.engines[key]
 
     def _on_gpu(self, device: torch.device) -> bool:

@@ -100,6 +100,7 @@ class ModuleSource:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.signature = inspect.signature(type(module).forward)
+        self.fitting: set[Any] = set()  # structures of arguments that forward takes
         self.modules: list[nn.Module] = list(module.modules())
         self.state: tuple[Any, ...] | None = None
         self.epochs: dict[tuple[Any, ...], int] = {}
@@ -113,8 +114,10 @@ class ModuleSource:
         ``device`` is where they have to be. Raises TypeError as the call itself would, CannotRun for
         arguments that are no tensors or constants.
         """
-        self.signature.bind(self.module, *args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec not in self.fitting:
+            self.signature.bind(self.module, *args, **kwargs)
+            self.fitting.add(spec)
         tensors: list[Any] = []
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor):

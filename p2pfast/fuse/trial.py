@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from p2pfast.fuse.source import Captured
@@ -19,6 +19,72 @@ from p2pfast.ops import measured
 _SECONDS = 0.2  # for each way; quick networks run several times
 
 
+def would_be_seen(captured: Captured) -> bool:
+    """Whether code of the user's would run along with a trial: hooks, modules that cannot be followed."""
+    root = captured.root
+    if captured.traced.opaque or any(has_hooks(m) for m in root.modules() if m is not root):
+        return True
+    if any(p._backward_hooks for p in root.parameters()):
+        return True
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def signature(captured: Captured, tensors: list[Any]) -> str:
+    """A network, its shapes and what is differentiated, as another process would name them too."""
+    words: list[str] = []
+    if torch.is_autocast_enabled("cpu"):
+        words.append(str(torch.get_autocast_dtype("cpu")))
+    for node in captured.traced.graph.nodes:
+        value = node.meta.get("val")
+        shape = (tuple(value.shape), value.stride(), value.dtype) if isinstance(value, Tensor) else None
+        target = getattr(node.target, "__name__", str(node.target))
+        if node.op == "call_module":
+            target = repr(captured.traced.fetch(str(node.target)))
+        words.append(f"{node.op} {target} {shape} {[n.name for n in node.all_input_nodes]}")
+    words += [str(value.requires_grad) for value in tensors if isinstance(value, Tensor)]
+    words.append(str([p.requires_grad for p in captured.root.parameters()]))
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()
+
+
+@contextmanager
+def unmarked(captured: Captured) -> Iterator[None]:
+    """Puts back buffers and the state of the random generator."""
+    held = [*captured.root.buffers(), *(derived.fetch() for derived in captured.state.values())]
+    buffers = [b for b in held if isinstance(b, Tensor) and not b.requires_grad]
+    kept = [(buffer, buffer.clone()) for buffer in buffers]
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        with torch.no_grad():
+            for buffer, before in kept:
+                buffer.copy_(before)
+
+
+def plan_loses(
+    captured: Captured, tensors: list[Any], arguments: Any, plan: Callable[[], Any], run: Callable[..., Any]
+) -> bool:
+    """Whether a network's own code, ``run(*args, **kwargs)``, is faster than its plan for inference.
+
+    Small networks of many operations that no kernel takes may be. As for a trial of training, this is
+    measured once and remembered on disk, and not where somebody would see it.
+    """
+    if measured.fixed() or would_be_seen(captured) or not all(isinstance(t, Tensor) for t in tensors):
+        return False
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), arguments)
+
+    def modules() -> None:
+        run(*args, **kwargs)
+
+    def planned() -> None:
+        plan()
+
+    words = signature(captured, tensors)
+    with unmarked(captured):
+        return measured.pick(("inference", words), modules, planned, seconds=_SECONDS / 2) == "modules"
+
+
 class Trial:
     """The ways of ``captured`` on ``tensors``."""
 
@@ -27,36 +93,12 @@ class Trial:
 
     def fastest(self, ways: list[str]) -> str:
         """The fastest way; the last where a trial would be seen or measuring is switched off."""
-        if self._would_be_seen():
+        if would_be_seen(self.captured):
             return ways[-1]
         runs = [self._run(way) for way in ways]
-        with self._unmarked(), torch.enable_grad():
-            return measured.pick(("training", self._signature()), *runs, seconds=_SECONDS)
-
-    def _would_be_seen(self) -> bool:
-        """Whether code of the user's would run along: hooks, modules that cannot be followed."""
-        root = self.captured.root
-        if self.captured.traced.opaque or any(has_hooks(m) for m in root.modules() if m is not root):
-            return True
-        if any(p._backward_hooks for p in root.parameters()):
-            return True
-        return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-
-    def _signature(self) -> str:
-        """The network and its shapes, in words that another process would use too."""
-        words: list[str] = []
-        if torch.is_autocast_enabled("cpu"):
-            words.append(str(torch.get_autocast_dtype("cpu")))
-        for node in self.captured.traced.graph.nodes:
-            value = node.meta.get("val")
-            shape = (tuple(value.shape), value.stride(), value.dtype) if isinstance(value, Tensor) else None
-            target = getattr(node.target, "__name__", str(node.target))
-            if node.op == "call_module":
-                target = repr(self.captured.traced.fetch(str(node.target)))
-            words.append(f"{node.op} {target} {shape} {[n.name for n in node.all_input_nodes]}")
-        words += [str(value.requires_grad) for value in self.tensors if isinstance(value, Tensor)]
-        words.append(str([p.requires_grad for p in self.captured.root.parameters()]))
-        return hashlib.sha256("\n".join(words).encode()).hexdigest()
+        words = signature(self.captured, self.tensors)
+        with unmarked(self.captured), torch.enable_grad():
+            return measured.pick(("training", words), *runs, seconds=_SECONDS)
 
     def _run(self, way: str) -> Callable[[], None]:
         parameters = [p for p in self.captured.root.parameters() if p.requires_grad]
@@ -75,20 +117,6 @@ class Trial:
 
         run.__name__ = way
         return run
-
-    @contextmanager
-    def _unmarked(self) -> Iterator[None]:
-        """Puts back buffers and the state of the random generator."""
-        root: nn.Module = self.captured.root
-        kept = [(buffer, buffer.clone()) for buffer in root.buffers()]
-        state = torch.get_rng_state()
-        try:
-            yield
-        finally:
-            torch.set_rng_state(state)
-            with torch.no_grad():
-                for buffer, before in kept:
-                    buffer.copy_(before)
 
 
 def _apart(value: Any) -> Any:

@@ -50,6 +50,11 @@ def tuning() -> str:
     return mode
 
 
+def fixed() -> bool:
+    """Whether nothing is measured."""
+    return torch.are_deterministic_algorithms_enabled() or tuning() == "off"
+
+
 def fastest(key: tuple[object, ...], *ways: Callable[[], T]) -> T:
     """The result of the fastest of ``ways``, which compute the same and are known by their names.
 
@@ -61,7 +66,7 @@ def fastest(key: tuple[object, ...], *ways: Callable[[], T]) -> T:
 
 def pick(key: tuple[object, ...], *ways: Callable[[], object], seconds: float = 0.0) -> str:
     """The name of the fastest of ``ways``, as :func:`fastest` takes it; each is timed for ``seconds``."""
-    if len(ways) == 1 or torch.are_deterministic_algorithms_enabled() or tuning() == "off":
+    if len(ways) == 1 or fixed():
         return ways[-1].__name__
     key = (
         *key,
@@ -84,17 +89,21 @@ def _choose(key: tuple[object, ...], ways: tuple[Callable[[], object], ...], sec
     known = None if again else _read(path).get(signature)
     if known in names:
         return known
-    times = [_seconds(way, seconds) for way in ways]
+    times = _seconds(ways, seconds)
     return _settle(path, signature, names[times.index(min(times))], names, again)
 
 
-def _seconds(way: Callable[[], object], seconds: float) -> float:
-    way()
-    best, begin, done = float("inf"), time.perf_counter(), 0
-    while done < _REPEATS or (time.perf_counter() - begin < seconds and done < _MOST_REPEATS):
-        start = time.perf_counter()
+def _seconds(ways: tuple[Callable[[], object], ...], seconds: float) -> list[float]:
+    """The least time of each way, over rounds that take them in turn: other programs disturb all alike."""
+    for way in ways:
         way()
-        best, done = min(best, time.perf_counter() - start), done + 1
+    best, begin, done = [float("inf")] * len(ways), time.perf_counter(), 0
+    while done < _REPEATS or (time.perf_counter() - begin < seconds * len(ways) and done < _MOST_REPEATS):
+        for i, way in enumerate(ways):
+            start = time.perf_counter()
+            way()
+            best[i] = min(best[i], time.perf_counter() - start)
+        done += 1
     return best
 
 

@@ -42,6 +42,7 @@ class CpuEngine(Engine):
         super().__init__(source, dtype, native, torch.device("cpu"), on_piece, memory_limit)
         self.accuracy, self.packed_limit = accuracy, packed_limit
         self.arenas: list[torch.Tensor] = []
+        self.may_lose = memory_limit is None  # PyTorch has none
 
     def _conditions(self) -> tuple[Any, ...]:
         _C.set_num_threads(torch.get_num_threads())

@@ -12,12 +12,14 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from p2pfast.fuse.graph import ForeignOp, Graph
-from p2pfast.fuse.source import Captured, GraphSource, ModuleSource
+from p2pfast.fuse.source import CannotRun, Captured, GraphSource, ModuleSource
+from p2pfast.fuse.trial import plan_loses
 from p2pfast.labelmap import LabelMap
 from p2pfast.runtime.liveness import result_views
 from p2pfast.runtime.plan import Constant
 from p2pfast.runtime.versions import Seen
 
+_MOST_MULTIPLICATIONS = 1e10  # of a network that is compared with PyTorch
 _MOST_PLANS = 64  # kinds of input and states of the module that are remembered
 
 
@@ -33,6 +35,7 @@ class Prepared:
 
     def __init__(self, plan: Any, graph: Graph, captured: Captured) -> None:
         self.plan, self.graph, self.captured = plan, graph, captured
+        self.loses = False  # to PyTorch
 
 
 class Engine:
@@ -43,6 +46,7 @@ class Engine:
     """
 
     stored: tuple[torch.dtype, ...] = ()  # dtypes that tensors can be stored in
+    may_lose = False  # whether PyTorch may run what it is faster at
 
     def __init__(
         self,
@@ -151,11 +155,28 @@ class Engine:
                         if result is not None:
                             return result[0]
                         prepared = self.plans[key]
-            for action in prepared.graph.before:
-                action()
-            for constant in prepared.plan.constants:
-                self._refresh(constant)
-            return self._execute(prepared, tensors)
+                        prepared.loses = self._loses(prepared, tensors, arguments)
+            if prepared.loses:
+                raise CannotRun("its own modules measured faster than a plan")
+            return self._go(prepared, tensors)
+
+    def _loses(self, prepared: Prepared, tensors: list[Any], arguments: Any) -> bool:
+        """Whether PyTorch is faster; large networks of convolutions are not worth the time to ask."""
+        work = sum(report.multiplications for report in prepared.plan.reports)
+        if not self.may_lose or work > _MOST_MULTIPLICATIONS or self.dtype != self.native:
+            return False
+        module = self.source.module
+        args, kwargs = (arguments, {}) if isinstance(self.source, GraphSource) else arguments
+        return plan_loses(
+            prepared.captured, tensors, (args, kwargs), lambda: self._go(prepared, tensors), module.forward
+        )
+
+    def _go(self, prepared: Prepared, tensors: list[Any]) -> Any:
+        for action in prepared.graph.before:
+            action()
+        for constant in prepared.plan.constants:
+            self._refresh(constant)
+        return self._execute(prepared, tensors)
 
     def _first(self, key: Any, tensors: list[Any], arguments: Any) -> tuple[Any] | None:
         """Plans for inputs like these. Where only running tells the shapes, returns what PyTorch made of

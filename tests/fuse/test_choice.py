@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 import p2pfast
 from p2pfast import _C, models
+from p2pfast.ops import measured
 from p2pfast.runtime import choice
 
 
@@ -22,6 +24,12 @@ def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("P2PFAST_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("P2PFAST_TUNE", "on")
     return tmp_path
+
+
+def first_wins(ways: tuple[Callable[[], object], ...], seconds: float) -> list[float]:
+    for way in ways:
+        way()
+    return [float(i) for i in range(len(ways))]
 
 
 def network() -> nn.Module:
@@ -58,6 +66,27 @@ def test_an_unwritable_cache_is_no_error(cache_dir: Path, monkeypatch: pytest.Mo
     (cache_dir / "file").write_text("")
     monkeypatch.setenv("P2PFAST_CACHE_DIR", str(cache_dir / "file"))
     p2pfast.optimize(network())(torch.randn(1, 8, 28, 24))
+
+
+def test_what_pytorch_runs_faster_stays_with_it(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison leaves no mark, and the next process knows its result."""
+    monkeypatch.setattr(measured, "_chosen", {})
+    monkeypatch.setattr(measured, "_seconds", first_wins)
+    net = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.Dropout(0.5), nn.Conv2d(16, 8, 3))
+    twin, x = copy.deepcopy(net), torch.randn(1, 8, 24, 24)
+    for fast in (p2pfast.optimize(net), p2pfast.optimize(net)):
+        answers = []
+        for module in (fast, twin):
+            torch.manual_seed(4)
+            answers.append(module(x).detach())
+        assert torch.equal(*answers)
+        assert all(torch.equal(a, b) for a, b in zip(fast.buffers(), twin.buffers(), strict=True))
+        assert "measured faster" in p2pfast.explain(fast).note
+        monkeypatch.setattr(measured, "_chosen", {})
+        monkeypatch.setattr(measured, "_seconds", lambda *a: pytest.fail("measured again"))
+    planned = p2pfast.optimize(net, backend="cpu")
+    planned(x)
+    assert p2pfast.explain(planned).rows
 
 
 def test_off_measures_nothing(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
