@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from p2pfast import _C
+from p2pfast.ops.conv.op import ALGORITHMS
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
@@ -140,7 +141,7 @@ bad(
 bad("winograd", conv(1), CONV, {"packed": 0}, {"count": 0}, {"stride": 3, "out_height": 3, "out_width": 3})
 bad("streamed", conv(3), CONV, {"weight": 0}, {"count": 0}, {"kernel_w": 5})
 bad("thin", conv(5), CONV, {}, {"out_channels": 3})
-bad("algorithm", conv(6), CONV, {})
+bad("algorithm", conv(len(ALGORITHMS)), CONV, {})
 bad("algorithm", conv(-1), CONV, {})
 bad(
     "transposed",
@@ -251,8 +252,8 @@ def test_program_with_bad_ranges_or_slots(slots: int, begin: int, end: int) -> N
 
 def test_program_keeps_no_bad_step() -> None:
     made = program()
-    with pytest.raises(ValueError, match="algorithm is 6"):
-        made.conv(6, CONV)
+    with pytest.raises(ValueError, match=f"algorithm is {len(ALGORITHMS)}"):
+        made.conv(len(ALGORITHMS), CONV)
     with pytest.raises(ValueError, match="'source' is missing"):
         made.statistics(SIZE)
     assert len(made) == 2
