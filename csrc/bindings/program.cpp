@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/parallel.h"
+#include "cpu/weight_gradient.h"
 
 namespace py = pybind11;
 
@@ -305,6 +306,32 @@ py::dict conv_info(int algorithm, const py::dict& dict) {
   return info;
 }
 
+// A convolution's dictionary in which `out` is where the output's gradient lies.
+WeightGradientArgs read_weight_gradient(const py::dict& dict) {
+  WeightGradientArgs a{};
+  a.conv = read_conv(dict);
+  const Output& out = a.conv.out;
+  a.grad.data = out.data;
+  a.grad.image_stride = out.image_stride;
+  a.grad.row_stride = out.row_stride;
+  a.grad.pixel_stride = out.pixel_stride;
+  a.grad.channel_stride = out.channel_stride;
+  a.grad.dtype = out.dtype;
+  a.grad.channels = a.conv.out_channels;
+  return a;
+}
+
+const WeightGradientKernel& weight_gradient_kernel(int algorithm, const WeightGradientArgs& args) {
+  if (algorithm < 0 || algorithm >= kWeightGradientAlgorithms)
+    throw std::invalid_argument("algorithm is " + std::to_string(algorithm) + "; it must be below " +
+                                std::to_string(kWeightGradientAlgorithms));
+  const auto& kernel = weight_gradient_kernel(static_cast<WeightGradientAlgorithm>(algorithm));
+  if (args.conv.transposed)
+    throw std::invalid_argument("transposed is true; exchange the input and the gradient instead");
+  if (const char* reason = kernel.refuses(args)) throw std::invalid_argument(reason);
+  return kernel;
+}
+
 void run_now(Step step) {
   py::gil_scoped_release release;
   run_step(step);
@@ -327,6 +354,32 @@ void bind_program(py::module_& m) {
         kernel.pack(args, reinterpret_cast<float*>(packed));
       },
       py::arg("algorithm"), py::arg("args"), py::arg("packed"));
+  m.def(
+      "weight_gradient_workspace",
+      [](int algorithm, const py::dict& dict) {
+        const WeightGradientArgs args = read_weight_gradient(dict);
+        return weight_gradient_kernel(algorithm, args).workspace_bytes(args, num_threads());
+      },
+      py::arg("algorithm"), py::arg("args"));
+  m.def(
+      "run_weight_gradient",
+      [](int algorithm, const py::dict& dict, uint64_t result, int result_dtype) {
+        WeightGradientArgs args = read_weight_gradient(dict);
+        args.out = reinterpret_cast<void*>(result);
+        args.workspace = args.conv.workspace;
+        if (result_dtype != 0 && result_dtype != 1)
+          throw std::invalid_argument("result_dtype is " + std::to_string(result_dtype) +
+                                      "; it must be 0 or 1");
+        args.out_dtype = static_cast<DType>(result_dtype);
+        const WeightGradientKernel& kernel = weight_gradient_kernel(algorithm, args);
+        bool complete = args.out && args.workspace && args.grad.data;
+        for (int i = 0; i < args.conv.sources; ++i) complete = complete && args.conv.source[i].data;
+        if (!complete) throw std::invalid_argument("data, out, workspace and result need an address");
+        py::gil_scoped_release release;
+        kernel.run(args);
+      },
+      py::arg("algorithm"), py::arg("args"), py::arg("result"), py::arg("result_dtype") = 0,
+      "Writes the weights' gradient of a convolution whose `out` holds the output's gradient.");
   m.def(
       "run_conv", [](int algorithm, const py::dict& dict) { run_now(read_conv_step(algorithm, dict)); },
       py::arg("algorithm"), py::arg("args"), "Runs one convolution with real addresses.");

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/borrowed.h"
 #include "cpu/level.h"
 #include "cpu/parallel.h"
 #include "cpu/processor.h"
@@ -61,12 +62,19 @@ void bind_runtime(py::module_& m) {
   m.def("num_threads", &num_threads, "Threads that kernels called from this thread use.");
   m.def(
       "set_num_threads",
-      [](int threads) {
+      [](int threads, bool borrowed) {
         if (threads < 1)
           throw std::invalid_argument("threads is " + std::to_string(threads) + "; it must be at least 1");
         set_num_threads(threads);
+        borrow_threads(borrowed);
       },
-      py::arg("threads"), "Sets the number of threads for kernels called from this thread.");
+      py::arg("threads"), py::arg("borrowed") = false,
+      "Sets the number of threads for kernels called from this thread, and whether they are those of the "
+      "region.");
+  m.def(
+      "set_parallel_region",
+      [](uint64_t address) { set_parallel_region(reinterpret_cast<ParallelRegion>(address)); },
+      py::arg("address"), "The address of GOMP_parallel of an OpenMP library to run on, or 0.");
   m.def("processor_name", &processor_name);
   m.def("build_info", &build_info);
 }

@@ -11,10 +11,15 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/borrowed.h"
+
 namespace p2pfast {
 namespace {
 
 thread_local int wanted_threads = 0;
+thread_local bool wants_borrowed = false;
+std::atomic<ParallelRegion> region{nullptr};
+std::atomic<pid_t> region_owner{0};
 
 struct Job {
   int64_t tasks = 0;
@@ -130,6 +135,40 @@ struct PoolHolder {
 
 thread_local PoolHolder holder;
 
+// A job on borrowed threads, however many of them come.
+class Borrowed {
+ public:
+  explicit Borrowed(const Job& job) : job_(job) {}
+
+  void run(ParallelRegion parallel, int threads) {
+    parallel([](void* self) { static_cast<Borrowed*>(self)->work(); }, this, static_cast<unsigned>(threads),
+             0);
+    if (failure_) std::rethrow_exception(failure_);
+  }
+
+ private:
+  void work() {
+    const int worker = workers_.fetch_add(1, std::memory_order_relaxed);
+    for (;;) {
+      const int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
+      if (task >= job_.tasks) return;
+      try {
+        job_.body(job_.context, task, worker);
+      } catch (...) {
+        std::lock_guard lock(mutex_);
+        if (!failure_) failure_ = std::current_exception();
+        next_.store(job_.tasks, std::memory_order_relaxed);
+      }
+    }
+  }
+
+  const Job& job_;
+  std::atomic<int64_t> next_{0};
+  std::atomic<int> workers_{0};
+  std::exception_ptr failure_;
+  std::mutex mutex_;
+};
+
 int hardware_threads() {
   const unsigned n = std::thread::hardware_concurrency();
   return n == 0 ? 1 : static_cast<int>(n);
@@ -141,8 +180,20 @@ int num_threads() { return wanted_threads > 0 ? wanted_threads : hardware_thread
 
 void set_num_threads(int threads) { wanted_threads = threads < 1 ? 1 : threads; }
 
+void set_parallel_region(ParallelRegion wanted) {
+  region_owner = getpid();
+  region = wanted;
+}
+
+void borrow_threads(bool wanted) { wants_borrowed = wanted; }
+
 void run_parallel(int64_t tasks, void (*body)(void*, int64_t, int), void* context) {
   const int threads = num_threads();
+  const ParallelRegion parallel = region;
+  if (wants_borrowed && parallel && threads > 1 && tasks > 1 && region_owner == getpid()) {
+    const Job job{tasks, body, context};
+    return Borrowed(job).run(parallel, threads);
+  }
   if (holder.pool && !holder.pool->usable()) (void)holder.pool.release();
   if (!holder.pool || holder.pool->threads() != threads) {
     holder.pool.reset();

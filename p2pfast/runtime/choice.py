@@ -21,7 +21,8 @@ import torch
 
 from p2pfast import _C
 from p2pfast.ops.measured import cache_folder, tuning
-from p2pfast.runtime.memory import available, in_large_pages
+from p2pfast.ops.pages import in_large_pages
+from p2pfast.runtime.memory import available
 
 ALGORITHMS = ("direct", "winograd", "winograd2", "streamed", "streamed2", "thin", "winograd6")
 DIRECT, WINOGRAD, WINOGRAD2, STREAMED, STREAMED2, THIN, WINOGRAD6 = range(7)

@@ -9,10 +9,10 @@ import torch
 
 from p2pfast import _C
 from p2pfast.fuse.graph import ConvOp
+from p2pfast.ops.pages import in_large_pages
 from p2pfast.runtime import choice as choices
 from p2pfast.runtime.bands import Part, Window, window_of
 from p2pfast.runtime.builder import DTYPES, PADS, Address, act_fields
-from p2pfast.runtime.memory import in_large_pages
 from p2pfast.runtime.plan import Constant, Pack, Stored
 from p2pfast.runtime.tensors import Gathering, Tensors, Work
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
+
+from p2pfast.ops.pages import in_large_pages
 
 ALIGNMENT = 64
 
@@ -72,25 +71,6 @@ def place_buffers(buffers: list[Buffer]) -> int:
     """:func:`place` for buffers that live from one step to another."""
     used = sorted((b for b in buffers if b.last >= b.first), key=lambda b: b.first)
     return place(used, lambda a, b: a.last >= b.first and b.last >= a.first, ALIGNMENT)
-
-
-@functools.cache
-def _madvise() -> Callable[[int, int, int], int] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    function = ctypes.CDLL(None, use_errno=True).madvise
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return function
-
-
-def in_large_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """Asks the system for 2 MB pages of a new tensor, which then needs 512 times fewer page faults."""
-    advise, page, large = _madvise(), 4096, 14  # MADV_HUGEPAGE
-    start = -(-tensor.data_ptr() // page) * page
-    size = (tensor.data_ptr() + tensor.nbytes - start) // page * page
-    if advise is not None and size >= 4 << 20:
-        advise(start, size, large)  # a wish: what the system answers changes nothing
-    return tensor
 
 
 class OutOfMemory(MemoryError):

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import os
+import signal
 import threading
 
 import pytest
+import torch
 
 from p2pfast import _C
+from p2pfast.ops import threads
+from p2pfast.ops.conv.op import conv
 
 
 def test_levels() -> None:
@@ -66,3 +71,27 @@ def test_build_info() -> None:
     if info["cuda"]:
         assert info["cuda_architectures"].split() == ["sm_80", "sm_90a", "compute_90"]
         assert hasattr(_C, "cuda_instance_edges")
+
+
+def test_kernels_run_on_borrowed_threads() -> None:
+    """The same bits on PyTorch's threads as on our own."""
+    x = torch.randn(2, 20, 33, 40)
+    weight = torch.randn(24, 20, 3, 3)
+    borrowed = conv(x, weight)
+    _C.set_parallel_region(0)
+    try:
+        assert torch.equal(conv(x, weight), borrowed)
+    finally:
+        threads._find_openmp.cache_clear()
+    assert torch.equal(conv(x, weight), borrowed)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    x, weight = torch.randn(1, 16, 30, 30), torch.randn(16, 16, 3, 3)
+    expected = conv(x, weight)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(0 if torch.equal(conv(x, weight), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0

@@ -11,13 +11,10 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from p2pfast.ops.conv_norm_act import (
-    conv_norm_act,
-    conv_norm_act_reference,
-    convolution,
-    minimal,
-)
+from p2pfast.ops.conv.op import run_conv
+from p2pfast.ops.conv_norm_act import conv_norm_act, conv_norm_act_reference, convolution
 from p2pfast.ops.conv_norm_act.pad import padded, unpadded
+from p2pfast.ops.conv_norm_act.weight import ALGORITHMS, weight_gradient
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 LAYERS: list[tuple[int, int, int, dict[str, Any]]] = [
@@ -106,7 +103,9 @@ def test_value_and_gradients(
     exact_y, exact = run(conv_norm_act_reference, tensors, options, grad, torch.float64)
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 4e-2)):
         y, got = run(conv_norm_act, tensors, options, grad, dtype)
-        assert y.dtype == dtype and y.is_contiguous(memory_format=memory_format)
+        fused = options.get("act") != "gelu"
+        assert y.is_contiguous(memory_format=torch.channels_last if fused else memory_format)
+        assert y.dtype == dtype
         assert (y.double() - exact_y).abs().max() <= tolerance * exact_y.abs().max()
         for name, expected in exact.items():
             # Against the size of a weight's gradient: a bias before a norm has none but rounding.
@@ -121,7 +120,7 @@ def test_value_and_gradients(
 def test_what_is_kept() -> None:
     """A chain keeps its first input and every raw output; not what passes from layer to layer."""
     weights = [torch.randn(8, 8, 3, 3, requires_grad=True) for _ in range(3)]
-    x = torch.randn(1, 8, 16, 16)
+    x = torch.randn(1, 8, 16, 16).contiguous(memory_format=torch.channels_last)
     made: list[StorageWeakRef] = []
 
     class Note(TorchDispatchMode):
@@ -136,8 +135,8 @@ def test_what_is_kept() -> None:
         y = x
         for w in weights:
             y = conv_norm_act(y, w, padding=1, padding_mode="reflect", norm="instance", act="relu")
-    # Three raw outputs, and the result that is held here.
-    assert len({r.cdata for r in made if not r.expired()}) == 4
+    # Three raw outputs, the result that is held here, and x.
+    assert len({r.cdata for r in made if not r.expired()} | {x.untyped_storage()._cdata}) == 5
     y.square().sum().backward()
     reference = x
     copies = [w.detach().clone().requires_grad_() for w in weights]
@@ -256,18 +255,68 @@ def test_gradient_of_padding(mode: str) -> None:
         torch.testing.assert_close(unpadded(grad.clone(), padding, mode), expected)
 
 
-@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-def test_weight_gradient_by_minimal_filtering(memory_format: torch.memory_format) -> None:
-    for images, inputs, outputs, height, width in ((1, 3, 40, 4, 4), (2, 33, 5, 7, 10), (1, 16, 16, 1, 2)):
-        source = (torch.randn(images, inputs, height + 2, width + 2) + 3).contiguous(
-            memory_format=memory_format
-        )
-        grad = torch.randn(images, outputs, height, width).contiguous(memory_format=memory_format)
-        weight = torch.zeros(outputs, inputs, 3, 3, dtype=torch.float64, requires_grad=True)
-        y = torch.conv2d(source.double(), weight)
+WEIGHTS = [  # images, inputs, outputs, height, width, kernel, stride, padding, mode
+    (1, 3, 40, 4, 4, 3, 1, 1, "zeros"),
+    (2, 33, 5, 7, 10, 3, 1, 1, "reflect"),
+    (1, 16, 50, 3, 5, 3, 1, 2, "replicate"),
+    (2, 40, 7, 9, 12, 3, 2, 1, "zeros"),
+    (1, 35, 31, 8, 6, 4, 2, 1, "zeros"),
+    (1, 17, 9, 2, 2, 4, 2, 1, "zeros"),
+    (1, 9, 64, 11, 7, 4, 1, 2, "zeros"),
+    (1, 6, 100, 30, 70, 4, 1, 1, "reflect"),
+    (2, 5, 3, 20, 70, 7, 1, 3, "reflect"),
+    (1, 3, 20, 40, 40, 5, 3, 0, "zeros"),
+    (3, 2, 8, 96, 96, 3, 1, 1, "zeros"),
+]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_native_weight_gradients(dtype: torch.dtype, algorithm: str) -> None:
+    """Against float64, far from zero, at any number of threads with the same bits."""
+    for images, inputs, outputs, height, width, kernel, stride, padding, mode in WEIGHTS:
+        if algorithm == "minimal" and (kernel not in (3, 4) or stride > 2):
+            continue
+        x = (torch.randn(images, inputs, height, width) + 3).to(dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
+        weight = torch.zeros(outputs, inputs, kernel, kernel, dtype=torch.float64, requires_grad=True)
+        y = torch.conv2d(padded_by(x.double(), padding, mode), weight, stride=stride)
+        grad = torch.randn(y.shape).to(dtype).contiguous(memory_format=torch.channels_last)
         (expected,) = torch.autograd.grad(y, weight, grad.double())
-        got = minimal.weight_gradient(grad, source)
-        assert got.is_contiguous() and (got - expected).abs().max() <= 2e-5 * expected.abs().max()
+        found = []
+        for threads in (1, 2):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            try:
+                found.append(weight_gradient(grad, x, (kernel, kernel), stride, padding, mode, algorithm))
+            finally:
+                torch.set_num_threads(before)
+        got = found[0]
+        assert got.is_contiguous() and got.dtype == dtype and torch.equal(got, found[1])
+        tolerance = 2e-5 if dtype == torch.float32 else 1e-2
+        assert (got.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def padded_by(x: Tensor, padding: int, mode: str) -> Tensor:
+    return torch.nn.functional.pad(x, [padding] * 4, mode="constant" if mode == "zeros" else mode)
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "winograd", "winograd2", "streamed", "streamed2"])
+@pytest.mark.parametrize("kernel", [3, 4])
+def test_data_gradients_of_stride_one(kernel: int, algorithm: str) -> None:
+    """By the convolution with the turned weight, its axes exchanged."""
+    x = torch.randn(2, 17, 9, 14, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(20, 17, kernel, kernel, dtype=torch.float64)
+    y = torch.conv2d(x, weight, padding=1)
+    grad = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, x, grad)
+    given = grad.float().contiguous(memory_format=torch.channels_last)
+    padding = kernel - 2
+    shape = (2, 17, 9, 14)
+    got = run_conv(
+        [given], weight.float().flip((2, 3)), None, shape, 1, padding, algorithm=algorithm, exchanged=True
+    )
+    assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

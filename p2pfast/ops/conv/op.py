@@ -10,6 +10,8 @@ from p2pfast import _C
 from p2pfast.ops.conv.activation import activation_code
 from p2pfast.ops.conv.source import describe_output, describe_source, readable
 from p2pfast.ops.gpu import require_triton
+from p2pfast.ops.pages import scratch
+from p2pfast.ops.threads import use_torch_threads
 
 # In the order of the native enumerations (csrc/cpu/conv.h).
 ALGORITHMS = ("direct", "winograd", "winograd2", "streamed", "streamed2", "thin", "winograd6")
@@ -278,6 +280,80 @@ def _check(
     return _out_shape(x[0], weight, stride, padding, output_padding, transposed, padding_mode)
 
 
+def run_conv(
+    x: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    shape: tuple[int, int, int, int],
+    stride: int,
+    padding: int,
+    transposed: bool = False,
+    padding_mode: str = "zeros",
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    input_act: str = "none",
+    input_slope: float = 0.0,
+    act: str = "none",
+    slope: float = 0.0,
+    algorithm: str = "auto",
+    exchanged: bool = False,
+) -> Tensor:
+    """``conv`` without checks and derivatives, into a new tensor of ``shape``.
+
+    Args:
+        exchanged: the weight's first two axes are exchanged.
+    """
+    images, out_channels, out_height, out_width = shape
+    # Named, so that copies live until the kernel has run.
+    inputs = [readable(t) for t in x]
+    weight = weight.detach().contiguous()
+    inputs_first = transposed != exchanged
+    bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
+    scale = None if scale is None else scale.detach().contiguous()
+    shift = None if shift is None else shift.detach().contiguous()
+    out = torch.empty(shape, dtype=x[0].dtype, memory_format=torch.channels_last)
+
+    starts = [0, inputs[0].shape[1]]
+    act_in = activation_code(input_act, "input_act")
+    kernel_h, kernel_w = weight.shape[2:]
+    taps = kernel_h * kernel_w
+    call: dict[str, Any] = {
+        "sources": [
+            describe_source(t, scale, shift, at, act_in, input_slope)
+            for t, at in zip(inputs, starts, strict=False)
+        ],
+        "images": images,
+        "height": x[0].shape[2],
+        "width": x[0].shape[3],
+        "out_height": out_height,
+        "out_width": out_width,
+        "out_channels": out_channels,
+        "kernel_h": kernel_h,
+        "kernel_w": kernel_w,
+        "stride": stride,
+        "pad_top": padding,
+        "pad_left": padding,
+        "transposed": transposed,
+        "pad": PADDING_MODES.index(padding_mode),
+        "weight": weight.data_ptr(),
+        "weight_dtype": int(weight.dtype == torch.bfloat16),
+        "weight_out_stride": taps if inputs_first else taps * weight.shape[1],
+        "weight_in_stride": taps * weight.shape[1] if inputs_first else taps,
+        "bias": 0 if bias is None else bias.data_ptr(),
+        "out": describe_output(out),
+        "act": activation_code(act),
+        "slope": slope,
+    }
+    use_torch_threads()
+    number, info = _choose(algorithm, call)
+    packed = scratch(4 * info["packed_floats"], 1)
+    workspace = scratch(info["workspace_bytes"])
+    if info["packed_floats"]:
+        _C.conv_pack(number, call, packed.data_ptr())
+    _C.run_conv(number, {**call, "packed": packed.data_ptr(), "workspace": workspace.data_ptr()})
+    return out
+
+
 @torch.library.custom_op("p2pfast::conv", mutates_args=(), device_types="cpu")
 def _conv(
     x: Sequence[Tensor],
@@ -315,54 +391,10 @@ def _conv(
         dilation,
         groups,
     )
-    images, out_channels, out_height, out_width = shape
-    # Named, so that copies live until the kernel has run.
-    inputs = [readable(t) for t in x]
-    weight = weight.detach().contiguous()
-    bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
-    scale = None if scale is None else scale.detach().contiguous()
-    shift = None if shift is None else shift.detach().contiguous()
-    out = torch.empty(shape, dtype=x[0].dtype, memory_format=torch.channels_last)
-
-    starts = [0, inputs[0].shape[1]]
-    act_in = activation_code(input_act, "input_act")
-    kernel_h, kernel_w = weight.shape[2:]
-    taps = kernel_h * kernel_w
-    call: dict[str, Any] = {
-        "sources": [
-            describe_source(t, scale, shift, at, act_in, input_slope)
-            for t, at in zip(inputs, starts, strict=False)
-        ],
-        "images": images,
-        "height": x[0].shape[2],
-        "width": x[0].shape[3],
-        "out_height": out_height,
-        "out_width": out_width,
-        "out_channels": out_channels,
-        "kernel_h": kernel_h,
-        "kernel_w": kernel_w,
-        "stride": stride,
-        "pad_top": padding,
-        "pad_left": padding,
-        "transposed": transposed,
-        "pad": PADDING_MODES.index(padding_mode),
-        "weight": weight.data_ptr(),
-        "weight_dtype": int(weight.dtype == torch.bfloat16),
-        "weight_out_stride": taps if transposed else taps * weight.shape[1],
-        "weight_in_stride": taps * weight.shape[1] if transposed else taps,
-        "bias": 0 if bias is None else bias.data_ptr(),
-        "out": describe_output(out),
-        "act": activation_code(act),
-        "slope": slope,
-    }
-    _C.set_num_threads(torch.get_num_threads())
-    number, info = _choose(algorithm, call)
-    packed = torch.empty(max(1, info["packed_floats"]), dtype=torch.float32)
-    workspace = torch.empty(max(1, info["workspace_bytes"]), dtype=torch.uint8)
-    if info["packed_floats"]:
-        _C.conv_pack(number, call, packed.data_ptr())
-    _C.run_conv(number, {**call, "packed": packed.data_ptr(), "workspace": workspace.data_ptr()})
-    return out
+    numbers = (stride, padding, transposed, padding_mode)
+    return run_conv(
+        x, weight, bias, shape, *numbers, scale, shift, input_act, input_slope, act, slope, algorithm
+    )
 
 
 @_conv.register_fake

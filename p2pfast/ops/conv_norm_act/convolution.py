@@ -1,19 +1,22 @@
-"""A training convolution and its data gradient, by PyTorch or by the native kernels: what measures faster."""
+"""A training convolution and its gradients, by PyTorch or by the native kernels: what measures faster."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from p2pfast.ops.conv.op import _conv
-from p2pfast.ops.conv_norm_act.minimal import weight_gradient as minimal_filtering
+from p2pfast.ops.conv.op import run_conv
 from p2pfast.ops.conv_norm_act.pad import padded, unpadded
+from p2pfast.ops.conv_norm_act.weight import weight_gradient as native_weight_gradient
 from p2pfast.ops.measured import fastest
 
 aten = torch.ops.aten
+
+_LARGEST_KERNEL = 16
+_LARGEST_UP_STRIDE = 4
 
 
 @dataclass(frozen=True)
@@ -33,19 +36,51 @@ class Geometry:
 
 
 def _channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
-def _native_fits(x: Tensor, weight: Tensor, stride: int, transposed: bool) -> bool:
-    """Whether minimal filtering is likely to pay: the other layers stay with the library unmeasured."""
-    if not _channels_last(x) or min(weight.shape[:2]) < 16 or x.dtype != weight.dtype:
-        return False
-    kernel = tuple(weight.shape[2:])
-    return kernel == (3, 3) and stride in (1, 2) or kernel == (4, 4) and stride == 2
+    """Whether it can be read so; a single channel or pixel can be read either way."""
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _key(kind: str, x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[object, ...]:
     return kind, tuple(x.shape), _channels_last(x), tuple(weight.shape), x.dtype, geometry
+
+
+def _algorithms(x: Tensor, weight: Tensor, g: Geometry, outputs: int, pixels: int) -> list[str]:
+    """The native algorithms worth a try for a convolution of x with zero padding ``g.padding`` or another
+    mode, to ``outputs`` channels of ``pixels`` pixels in the batch; the safest choice last."""
+    kernel, channels = tuple(weight.shape[2:]), x.shape[1]
+    if not _channels_last(x) or x.dtype != weight.dtype or max(kernel) > _LARGEST_KERNEL:
+        return []
+    if g.transposed and (g.stride > _LARGEST_UP_STRIDE or g.padding >= min(kernel)):
+        return []
+    if outputs <= 4 and (g.transposed or g.stride == 1):
+        return ["thin"]
+    up = g.stride == 2 and g.padding == 1 if g.transposed else g.stride <= 2
+    if kernel not in ((3, 3), (4, 4)) or not up or channels < 16:
+        return ["direct"]
+    found = ["direct"] if outputs < 16 else []
+    if pixels <= 2048:
+        return [*found, "streamed2", "streamed"]
+    if kernel == (3, 3) and g.stride == 1 and pixels > 8192:
+        found.append("winograd6")
+    return [*found, *(["streamed"] if pixels <= 32768 else []), "winograd"]
+
+
+def _named(name: str, run: Callable[[str], Tensor]) -> Callable[[], Tensor]:
+    def way() -> Tensor:
+        return run(name)
+
+    way.__name__ = name
+    return way
+
+
+def _fastest(
+    key: tuple[object, ...],
+    library: Sequence[Callable[[], Tensor]],
+    names: Sequence[str],
+    native: Callable[[str], Tensor],
+) -> Tensor:
+    """By the library or by one of the native algorithms."""
+    return fastest(key, *library, *(_named(name, native) for name in names))
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -59,45 +94,67 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) 
             source, weight, bias, two, [g.zeros] * 2, [1, 1], g.transposed, [g.output_padding] * 2, 1
         )
 
-    def native() -> Tensor:
-        result: Tensor = _conv(
-            [x], weight, bias, g.stride, g.padding, g.output_padding, g.transposed, g.padding_mode
-        )
-        return result
+    def native(algorithm: str) -> Tensor:
+        numbers = g.stride, g.padding, g.transposed, g.padding_mode
+        return run_conv([x], weight, bias, shape, *numbers, algorithm=algorithm)
 
-    if not _native_fits(x, weight, g.stride, g.transposed):
-        return library()
-    return fastest(_key("forward", x, weight, g), library, native)
+    shape = _out_shape(x, weight, g)
+    names = _algorithms(x, weight, g, shape[1], shape[0] * shape[2] * shape[3])
+    return _fastest(_key("forward", x, weight, g), [library], names, native)
+
+
+def _out_shape(x: Tensor, weight: Tensor, g: Geometry) -> tuple[int, int, int, int]:
+    height, width = (
+        (s - 1) * g.stride - 2 * g.padding + k + g.output_padding
+        if g.transposed
+        else (s + 2 * g.padding - k) // g.stride + 1
+        for s, k in zip(x.shape[2:], weight.shape[2:], strict=True)
+    )
+    return x.shape[0], weight.shape[1 if g.transposed else 0], height, width
 
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient for the weight from the output's gradient and the input.
 
     By the library as the tensors lie, by the library from contiguous copies (its kernels for channels_last
-    may be several times slower), or by minimal filtering.
+    may be several times slower), or by a native algorithm.
     """
     g = geometry
-    source = padded(x, g.padding, g.padding_mode)
 
     def library() -> Tensor:
-        return _library_backward(grad, source, weight, g, 1)
+        return _library_backward(grad, padded(x, g.padding, g.padding_mode), weight, g, 1)
 
     def planes() -> Tensor:
+        source = padded(x, g.padding, g.padding_mode)
         return _library_backward(grad.contiguous(), source.contiguous(), weight, g, 1)
 
-    def minimal() -> Tensor:
-        full = F.pad(source, [g.zeros] * 4) if g.zeros else source
-        return minimal_filtering(grad, full).to(weight.dtype)
+    def native(algorithm: str) -> Tensor:
+        # Of a transposed convolution, input and output have exchanged their parts.
+        still, windows = (x, grad) if g.transposed else (grad, x)
+        kernel = weight.shape[2], weight.shape[3]
+        return native_weight_gradient(still, windows, kernel, g.stride, g.padding, g.padding_mode, algorithm)
 
-    candidates = [library]
-    if _channels_last(grad) or _channels_last(source):
-        candidates.append(planes)
-    channels = min(weight.shape[:2])
-    if g.stride == 1 and not g.transposed and tuple(weight.shape[2:]) == (3, 3) and channels >= 16:
-        candidates.append(minimal)
-    if len(candidates) == 1:
-        return library()
-    return fastest(_key("weight", grad, weight, g), *candidates)
+    names = _weight_algorithms(grad, x, weight, g)
+    ways = [library] if not (_channels_last(grad) or _channels_last(x)) else [library, planes]
+    return _fastest(_key("weight", grad, weight, g), ways, names, native)
+
+
+def _weight_algorithms(grad: Tensor, x: Tensor, weight: Tensor, g: Geometry) -> list[str]:
+    """As ``_algorithms``."""
+    if not (_channels_last(grad) and _channels_last(x)) or not grad.dtype == x.dtype == weight.dtype:
+        return []
+    kernel = tuple(weight.shape[2:])
+    minimal = kernel in ((3, 3), (4, 4)) and g.stride <= 2
+    still = x if g.transposed else grad
+    pixels = still.shape[0] * still.shape[2] * still.shape[3]
+    found = []
+    if min(weight.shape[:2]) <= 64:
+        found.append("rows")
+    if pixels <= 512 or not (minimal or found):
+        found.append("taps")
+    if minimal and min(weight.shape[:2]) >= 16 and pixels >= 16:
+        found.append("minimal")
+    return found
 
 
 def _library_backward(grad: Tensor, source: Tensor, weight: Tensor, g: Geometry, which: int) -> Tensor:
@@ -127,43 +184,46 @@ def data_gradient(grad: Tensor, size: torch.Size, weight: Tensor, geometry: Geom
     """
     g = geometry
     extra = 2 * (g.padding - g.zeros)
-    height, width = (s + extra for s in size[2:])
-    shape = (size[0], size[1], height, width)
+    shape = (size[0], size[1], size[2] + extra, size[3] + extra)
+
+    def backward(of: Tensor, channels_last: bool) -> Tensor:
+        # Only the shape of the input is read.
+        source = of.new_empty(1).expand(shape)
+        if channels_last:
+            source = of.new_empty(shape).contiguous(memory_format=torch.channels_last)
+        return _library_backward(of, source, weight, g, 0)
 
     def library() -> Tensor:
-        # Only the shape of the input is read.
-        source = grad.new_empty(1).expand(shape)
-        if _channels_last(grad):
-            source = grad.new_empty(shape).contiguous(memory_format=torch.channels_last)
-        return _library_backward(grad, source, weight, g, 0)
+        return backward(grad, _channels_last(grad) and not grad.is_contiguous())
 
-    def native() -> Tensor:
-        result: Tensor
-        if g.transposed:
-            result = _conv([grad], weight, None, g.stride, g.padding)
-        elif g.stride == 1:
-            turned = weight.flip((2, 3)).transpose(0, 1)
-            result = _conv([grad], turned, None, 1, weight.shape[2] - 1 - g.zeros)
-        else:
-            left = height - ((grad.shape[2] - 1) * g.stride - 2 * g.zeros + weight.shape[2])
-            result = _conv([grad], weight, None, g.stride, g.zeros, left, True)
-        return result
+    def planes() -> Tensor:
+        found = backward(grad.contiguous(), False)
+        return found.contiguous(memory_format=torch.channels_last)
 
-    found: Tensor
+    turns = g.stride == 1 and not g.transposed
+    same = Geometry(g.stride, g.zeros, 0, not g.transposed, "zeros")
+    if turns:
+        same = Geometry(1, weight.shape[2] - 1 - g.zeros, 0, False, "zeros")
+
+    def native(algorithm: str) -> Tensor:
+        numbers = same.stride, same.padding, same.transposed
+        given = weight.flip((2, 3)) if turns else weight
+        return run_conv([grad], given, None, shape, *numbers, algorithm=algorithm, exchanged=turns)
+
+    names = []
     if _can_turn(grad, weight, g, shape):
-        found = fastest(_key("data", grad, weight, g), library, native)
-    else:
-        found = library()
+        names = _algorithms(grad, weight, same, shape[1], shape[0] * shape[2] * shape[3])
+    ways = [library, planes] if names and not grad.is_contiguous() else [library]
+    found = _fastest(_key("data", grad, weight, g), ways, names, native)
     return unpadded(found, g.padding, g.padding_mode)
 
 
 def _can_turn(grad: Tensor, weight: Tensor, g: Geometry, shape: tuple[int, ...]) -> bool:
-    if not _native_fits(grad, weight, g.stride, not g.transposed):
-        return False
+    """Whether the data gradient is a convolution that the native kernels have."""
     if g.transposed:
         return True
     if g.stride == 1:
-        return g.zeros < weight.shape[2]
+        return weight.shape[2] == weight.shape[3] and g.zeros < weight.shape[2]
     # A transposed convolution has one output padding for both sides.
     left = [
         s - ((o - 1) * g.stride - 2 * g.zeros + k)

@@ -14,7 +14,7 @@ from p2pfast.ops.conv_norm_act.convolution import Geometry
 from p2pfast.ops.conv_norm_act.pad import padded
 from p2pfast.ops.conv_norm_act.reference import conv_norm_act_reference, update_running
 from p2pfast.ops.gradients import activation_gradient, from_output
-from p2pfast.ops.norm_act.op import dense, is_native, norm_act, norm_act_backward
+from p2pfast.ops.norm_act.op import is_native, norm_act, norm_act_backward
 
 NORMS = ("none", "instance", "batch")
 
@@ -144,8 +144,7 @@ def conv_norm_act(
     PyTorch's autograd. Under autocast the convolution's operands are lowered, statistics stay float32.
 
     Args:
-        x: (N, C, H, W); the result has its memory format. channels_last lets 3×3 and 4×4 layers use the
-            native minimal-filtering kernels where these measure faster.
+        x: (N, C, H, W). The fused path takes it as channels_last (a copy, if it is not).
         weight: (Cout, C, Kh, Kw), (C, Cout, Kh, Kw) if transposed.
         bias: (Cout,) or None.
         stride, padding, output_padding, transposed, padding_mode: as for ``p2pfast.ops.conv.conv``.
@@ -158,7 +157,7 @@ def conv_norm_act(
         residual: like the result, added before the activation; or None.
 
     Returns:
-        (N, Cout, H', W'). Differentiable, also twice.
+        (N, Cout, H', W'), on the fused path channels_last. Differentiable, also twice.
 
     Raises:
         TypeError: a dtype that is not floating point.
@@ -187,7 +186,7 @@ def conv_norm_act(
     if torch.compiler.is_compiling() or not fused:
         y, mean, variance = _composed(x, weight, bias, norm_weight, norm_bias, residual, statistics, options)
     else:
-        source = x.to(lowered)
+        source = x.to(lowered).contiguous(memory_format=torch.channels_last)
         if source is not x:
             recipe = None
         with torch.autocast("cpu", enabled=False), _kept_as_recipe(source, recipe):
@@ -252,6 +251,10 @@ def _composed(
     return norm_act(raw, *affine, *statistics, over_batch, options.eps, options.act, options.slope, residual)
 
 
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 class _ConvNormAct(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -266,7 +269,7 @@ class _ConvNormAct(torch.autograd.Function):
         running_var: Tensor | None,
         options: _Options,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        raw = convolution.forward(dense(x), weight, bias, options.geometry)
+        raw = _channels_last(convolution.forward(x, weight, bias, options.geometry))
         act, slope = options.act, options.slope
         nothing = raw.new_empty(0)
         kept: Tensor | None
@@ -300,7 +303,6 @@ class _ConvNormAct(torch.autograd.Function):
         return y, raw, mean, variance
 
     @staticmethod
-    @torch.autocast("cpu", enabled=False)  # the backward pass may be called under it too
     def backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * 9
@@ -333,7 +335,7 @@ class _ConvNormAct(torch.autograd.Function):
             )
             of_norm_weight = None if norm_weight is None else dweight.to(norm_weight.dtype)
             of_norm_bias = None if norm_bias is None else dbias.to(norm_bias.dtype)
-        of_raw = dense(of_raw)
+        of_raw = _channels_last(of_raw)
         of_bias = of_weight = of_x = None
         if needs[2]:
             # A norm on its own statistics takes out whatever was added to a whole channel.
@@ -341,7 +343,7 @@ class _ConvNormAct(torch.autograd.Function):
             of_bias = of_raw.new_zeros(of_raw.shape[1]) if own else of_raw.float().sum((0, 2, 3))
             of_bias = of_bias.to(bias.dtype)
         if needs[1]:
-            of_weight = convolution.weight_gradient(of_raw, dense(x), weight, options.geometry)
+            of_weight = convolution.weight_gradient(of_raw, _channels_last(x), weight, options.geometry)
         if needs[0]:
             of_x = convolution.data_gradient(of_raw, ctx.size, weight, options.geometry)
         return of_x, of_weight, of_bias, of_norm_weight, of_norm_bias, of_residual, None, None, None

@@ -11,6 +11,7 @@ from p2pfast.ops.conv.source import describe_output, describe_source
 from p2pfast.ops.gpu import require_triton
 from p2pfast.ops.norm.op import check_arguments
 from p2pfast.ops.norm_act.reference import norm_act_reference
+from p2pfast.ops.threads import use_torch_threads
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _NATIVE_ACTS = ("none", "relu", "leaky_relu", "tanh", "sigmoid", "elu", "silu")
@@ -180,7 +181,7 @@ def _norm_act(
     slope: float,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _C.set_num_threads(torch.get_num_threads())
+    use_torch_threads()
     x = dense(x.detach())
     residual = None if residual is None else like(residual.detach(), x)
     weight, bias = _float(weight), _float(bias)
@@ -326,7 +327,7 @@ def _norm_act_backward(
     residual: Tensor | None,
     of_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _C.set_num_threads(torch.get_num_threads())
+    use_torch_threads()
     x = dense(x.detach())
     grad = like(grad.detach().to(x.dtype), x)
     residual = None if residual is None or act == "none" else like(residual.detach(), x)

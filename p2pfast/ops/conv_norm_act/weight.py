@@ -1,0 +1,70 @@
+"""The weight gradient by the native kernels (csrc/cpu/weight_gradient.h)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from p2pfast import _C
+from p2pfast.ops.conv.op import PADDING_MODES
+from p2pfast.ops.conv.source import describe_output, describe_source, readable
+from p2pfast.ops.pages import scratch
+from p2pfast.ops.threads import use_torch_threads
+
+# In the order of the native enumeration.
+ALGORITHMS = ("minimal", "taps", "rows")
+
+
+def weight_gradient(
+    grad: Tensor,
+    x: Tensor,
+    kernel: tuple[int, int],
+    stride: int,
+    padding: int,
+    padding_mode: str,
+    algorithm: str,
+) -> Tensor:
+    """Σ over images and pixels of ``grad[o, y, x] * pad(x)[i, stride * y + u, stride * x + v]``.
+
+    That of a transposed convolution is the same with ``grad`` and ``x`` exchanged. Sums are float32; their
+    order depends on the shapes alone.
+
+    Args:
+        grad: (N, Cout, H', W'), channels_last, float32 or bfloat16.
+        x: (N, C, H, W), of grad's dtype, as it is before the padding.
+        kernel, stride, padding, padding_mode: of the convolution.
+        algorithm: ``"minimal"`` (3×3 and 4×4, stride 1 and 2), ``"taps"`` (few pixels) or ``"rows"`` (few
+            channels).
+
+    Returns:
+        (Cout, C, *kernel) of grad's dtype, contiguous.
+    """
+    grad, x = grad.detach(), readable(x)
+    images, channels, height, width = x.shape
+    _, outputs, out_height, out_width = grad.shape
+    taps = kernel[0] * kernel[1]
+    result = torch.empty((outputs, channels, *kernel), dtype=grad.dtype)
+    call = {
+        "sources": [describe_source(x)],
+        "images": images,
+        "height": height,
+        "width": width,
+        "out_height": out_height,
+        "out_width": out_width,
+        "out_channels": outputs,
+        "kernel_h": kernel[0],
+        "kernel_w": kernel[1],
+        "stride": stride,
+        "pad_top": padding,
+        "pad_left": padding,
+        "pad": PADDING_MODES.index(padding_mode),
+        "weight_out_stride": channels * taps,
+        "weight_in_stride": taps,
+        "out": describe_output(grad),
+    }
+    use_torch_threads()
+    number = ALGORITHMS.index(algorithm)
+    workspace = scratch(_C.weight_gradient_workspace(number, call))
+    narrow = int(grad.dtype == torch.bfloat16)
+    _C.run_weight_gradient(number, {**call, "workspace": workspace.data_ptr()}, result.data_ptr(), narrow)
+    return result
