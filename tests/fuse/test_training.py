@@ -67,6 +67,7 @@ X = torch.randn(2, 3, 12, 14)
 
 @pytest.mark.parametrize("name", ["unet-batch", "resnet-batch", "resnet-dropout", "local", "patchgan"])
 def test_published_networks(name: str) -> None:
+    torch.manual_seed(1)  # with some seeds a value within rounding of zero falls to ReLU's other side
     net, (x, *_) = make(name)
     fast = p2pfast.optimize(net, mode="train")
     assert list(fast.state_dict()) == list(net.state_dict())
