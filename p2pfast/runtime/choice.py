@@ -122,8 +122,12 @@ _ROWS = 6  # tiles that the matrix kernel takes at a time; 4 or 5 left over are 
 
 
 def _balanced(algorithm: int, block: int, args: dict[str, Any]) -> int:
-    """About ``block`` tiles, such that every thread gets as many blocks as the others."""
-    if algorithm not in _TILE or block == 0:
+    """About ``block`` tiles, such that every thread gets as many blocks as the others.
+
+    Statistics are merged block by block. Without measurements ``block`` stays as it is, so that results do not
+    depend on the number of threads.
+    """
+    if algorithm not in _TILE or block == 0 or tuning() == "off":
         return block
     side = _TILE[algorithm] * (2 if args.get("transposed") else 1)
     tiles = -(-args["out_height"] // side) * -(-args["out_width"] // side)

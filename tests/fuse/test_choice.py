@@ -127,8 +127,11 @@ def test_a_budget_is_kept_where_it_costs_least() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (9, 200), (1, 1), (512, 1024)])
-def test_blocks_are_shared_evenly(threads: int, height: int, width: int) -> None:
+def test_blocks_are_shared_evenly(
+    threads: int, height: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every thread gets as many blocks as the others, and a block is whole groups of rows, nearly."""
+    monkeypatch.setenv("P2PFAST_TUNE", "on")
     before = _C.num_threads()
     _C.set_num_threads(threads)
     try:
