@@ -124,7 +124,7 @@ _ROWS = 6  # tiles that the matrix kernel takes at a time; 4 or 5 left over are 
 def _balanced(algorithm: int, block: int, args: dict[str, Any]) -> int:
     """About ``block`` tiles, such that every thread gets as many blocks as the others.
 
-    Statistics are merged block by block. Without measurements ``block`` stays as it is, so that results do not
+    Statistics are merged block by block. Without measurements ``block`` stays as it is, and results do not
     depend on the number of threads.
     """
     if algorithm not in _TILE or block == 0 or tuning() == "off":
@@ -176,7 +176,7 @@ def _signature(args: dict[str, Any], narrow: tuple[int, ...]) -> str:
     ]
     shape["out_dtype"] = args["out"].get("dtype", 0)
     shape["out_planar"] = args["out"].get("channel_stride", 1) != 1
-    machine = (_C.processor_name(), _C.active_level(), _C.num_threads(), __version__)
+    machine = (_C.processor_name(), _C.active_level(), _C.num_threads(), __version__, len(ALGORITHMS))
     return json.dumps([shape, narrow, machine, *_in_pairs(narrow, args)], sort_keys=True)
 
 
