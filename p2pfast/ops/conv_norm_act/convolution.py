@@ -17,6 +17,7 @@ aten = torch.ops.aten
 
 _LARGEST_KERNEL = 16
 _LARGEST_UP_STRIDE = 4
+_MOST_FOLDED = 64  # columns of the thin kernel's product
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def _algorithms(x: Tensor, weight: Tensor, g: Geometry, outputs: int, pixels: in
         return []
     if g.transposed and (g.stride > _LARGEST_UP_STRIDE or g.padding >= min(kernel)):
         return []
-    if outputs <= 4 and (g.transposed or g.stride == 1):
+    folded = outputs * kernel[1] * (kernel[0] if g.transposed else 1)
+    if outputs <= 4 and (g.transposed or g.stride == 1) and folded <= _MOST_FOLDED:
         return ["thin"]
     up = g.stride == 2 and g.padding == 1 if g.transposed else g.stride <= 2
     if kernel not in ((3, 3), (4, 4)) or not up or channels < 16:
