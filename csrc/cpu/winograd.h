@@ -596,7 +596,8 @@ auto with_scheme(const ConvArgs& args, F&& f) {
 template <int kOut>
 const char* winograd_refuses(const ConvArgs& args) {
   if (args.kernel_h != args.kernel_w) return "the kernel is not square";
-  if (args.transposed && kOut < 6) {
+  if (args.transposed && kOut == 6) return "needs 3x3 with stride 1, not transposed";
+  if (args.transposed) {
     if (args.stride != 2 || args.pad_top != 1 || args.pad_left != 1)
       return "transposed needs stride 2 and padding 1";
     if (args.kernel_h != 3 && args.kernel_h != 4) return "transposed needs a 3x3 or 4x4 kernel";

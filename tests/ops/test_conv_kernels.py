@@ -116,6 +116,7 @@ CASES = [
     Case(1, 19, 14, (5,), 6, 5, 3, 2, padding_mode="reflect"),
     Case(1, 16, 17, (2,), 2, 16, 2, 5),
     Case(2, 14, 23, (33, 40), 24, 4, 1, 2, padding_mode="reflect"),
+    Case(1, 5, 7, (12,), 24, 3, 1, 1, transposed=True),
     # Few output channels: every scheme along columns, slices of channels, several strips and bands.
     Case(2, 13, 12, (40,), 1, 4, 1, 1),
     Case(1, 38, 139, (7, 3), 2, 5, padding=2, padding_mode="replicate"),
