@@ -20,7 +20,6 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -30,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import hardware
 from torch import nn
 
 import p2pfast
-from p2pfast import _C
 from p2pfast.data.scenes import draw_scene
 
 CASES = (
@@ -174,26 +173,11 @@ def measure(case: str, wanted: list[str], rounds: int) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def hardware() -> dict[str, Any]:
-    def version(package: str) -> str | None:
-        try:
-            return importlib.import_module(package).__version__
-        except ImportError:
-            return None
-
-    packages = ("p2pfast", "torch", "openvino", "onnxruntime", "numpy")
-    return {
-        "processor": _C.processor_name() or platform.processor(),
-        "level": _C.active_level(),
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-        "versions": {p: version(p) for p in packages} | {"python": platform.python_version()},
-    }
-
-
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**hardware(), "rows": rows}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({**hardware("openvino", "onnxruntime", "numpy"), "rows": rows}, indent=1) + "\n"
+    )
     with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

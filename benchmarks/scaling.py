@@ -12,13 +12,14 @@ import argparse
 import csv
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from machine import hardware
 
 SIZES = "256x256 512x256 512x512 1024x512 1024x1024 2048x1024 4096x2048 8192x4096".split()
 
@@ -81,26 +82,6 @@ def child(options: dict[str, Any]) -> dict[str, Any]:
         row["bands"] = plan.bands
         row["planned_gb"] = round((plan.arena_bytes + plan.packed_bytes) / 1e9, 3)
     return row
-
-
-def hardware() -> dict[str, Any]:
-    import torch
-
-    import p2pfast
-    from p2pfast import _C
-
-    return {
-        "processor": _C.processor_name() or platform.processor(),
-        "level": _C.active_level(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "system": platform.platform(),
-        "versions": {
-            "p2pfast": p2pfast.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
 
 
 def main() -> None:

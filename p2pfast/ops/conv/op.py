@@ -354,7 +354,7 @@ def run_conv(
     return out
 
 
-@torch.library.custom_op("p2pfast::conv", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("p2pfast::conv", mutates_args=(), device_types=("cpu", "cuda"))
 def _conv(
     x: Sequence[Tensor],
     weight: Tensor,
@@ -391,9 +391,42 @@ def _conv(
         dilation,
         groups,
     )
-    numbers = (stride, padding, transposed, padding_mode)
+    if x[0].device.type == "cuda":
+        require_triton()
+        from p2pfast.ops.conv.gpu.op import run  # imports triton, which a machine without a GPU need not have
+
+        return run(
+            x,
+            weight,
+            bias,
+            shape,
+            stride,
+            padding,
+            transposed,
+            padding_mode,
+            scale,
+            shift,
+            input_act,
+            input_slope,
+            act,
+            slope,
+        )
     return run_conv(
-        x, weight, bias, shape, *numbers, scale, shift, input_act, input_slope, act, slope, algorithm
+        x,
+        weight,
+        bias,
+        shape,
+        stride,
+        padding,
+        transposed,
+        padding_mode,
+        scale,
+        shift,
+        input_act,
+        input_slope,
+        act,
+        slope,
+        algorithm,
     )
 
 
@@ -435,61 +468,3 @@ def _(
         groups,
     )
     return torch.empty(shape, dtype=x[0].dtype, device=x[0].device, memory_format=torch.channels_last)
-
-
-@_conv.register_kernel("cuda")
-def _(
-    x: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int = 1,
-    padding: int = 0,
-    output_padding: int = 0,
-    transposed: bool = False,
-    padding_mode: str = "zeros",
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    input_act: str = "none",
-    input_slope: float = 0.0,
-    act: str = "none",
-    slope: float = 0.0,
-    algorithm: str = "auto",
-    dilation: int = 1,
-    groups: int = 1,
-) -> Tensor:
-    shape = _check(
-        x,
-        weight,
-        bias,
-        stride,
-        padding,
-        output_padding,
-        transposed,
-        padding_mode,
-        scale,
-        shift,
-        input_act,
-        act,
-        algorithm,
-        dilation,
-        groups,
-    )
-    require_triton()
-    from p2pfast.ops.conv.gpu.op import run  # imports triton, which a machine without a GPU need not have
-
-    return run(
-        x,
-        weight,
-        bias,
-        shape,
-        stride,
-        padding,
-        transposed,
-        padding_mode,
-        scale,
-        shift,
-        input_act,
-        input_slope,
-        act,
-        slope,
-    )

@@ -232,22 +232,11 @@ def _norm_act(
 
 
 @_norm_act.register_kernel("cuda")
-def _(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    over_batch: bool,
-    eps: float,
-    act: str,
-    slope: float,
-    residual: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     require_triton()
     from p2pfast.ops.norm_act import triton as kernels
 
-    return kernels.forward(x, weight, bias, mean, variance, over_batch, eps, act, slope, residual)
+    return kernels.forward(*args)
 
 
 @_norm_act.register_fake
@@ -371,26 +360,11 @@ def _norm_act_backward(
 
 
 @_norm_act_backward.register_kernel("cuda")
-def _(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    frozen: bool,
-    eps: float,
-    act: str,
-    slope: float,
-    residual: Tensor | None,
-    of_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     require_triton()
     from p2pfast.ops.norm_act import triton as kernels
 
-    return kernels.backward(
-        grad, x, weight, bias, mean, variance, frozen, eps, act, slope, residual, of_residual
-    )
+    return kernels.backward(*args)
 
 
 @_norm_act_backward.register_fake
