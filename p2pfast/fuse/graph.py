@@ -112,6 +112,9 @@ class ConvOp(Op):
     pad_top: int = 0
     pad_left: int = 0
     act: Act | None = None
+    # On the way out, before ``act``: a "frozen" normalisation, then an addition (plans for GPUs).
+    norm: Norm | None = None
+    residual: View | None = None
 
 
 @dataclass

@@ -21,7 +21,7 @@ from p2pfast.fuse.graph import (
 def views_of(op: Op) -> list[View]:
     """The views an operation reads."""
     if isinstance(op, ConvOp):
-        return list(op.inputs)
+        return [*op.inputs, *([] if op.residual is None else [op.residual])]
     if isinstance(op, AddOp):
         return [v for v in (op.left, op.right) if v is not None]
     if isinstance(op, (ApplyOp, PoolOp)):

@@ -80,21 +80,24 @@ def run(case: Case, device: str) -> None:
     ends = (total, case.out) if case.transposed else (case.out, total)
     fan = total * case.kernel[0] * case.kernel[1]
     weight = (random(*ends, *case.kernel) / fan**0.5).to(dtype)
-    bias = random(case.out).float()
+    bias, factor = random(case.out).float(), random(case.out).float()
     scale, shift = random(case.images, total).abs().float() + 0.5, random(case.images, total).float()
     geometry = (case.stride, case.pad, case.output_padding, case.transposed, case.mode)
 
     def reference(to: torch.dtype) -> Tensor:
-        return conv_reference(
+        y = conv_reference(
             [t.to(to) for t in x],
             weight.to(to),
-            bias.to(to),
+            None,
             *geometry,
             scale.to(to),
             shift.to(to),
             "leaky_relu",
             0.2,
         )
+        if case.residual:  # what a norm by stored statistics leaves to do comes with it
+            y = y * factor.to(to)[:, None, None]
+        return y + bias.to(to)[:, None, None]
 
     raw, eager = reference(torch.float64), reference(dtype)
     _, _, height, width = raw.shape
@@ -151,6 +154,7 @@ def run(case: Case, device: str) -> None:
         pad_mode=case.mode,
         act=case.act,
         slope=0.1,
+        factor=factor.to(device) if case.residual else None,
         residual=residual,
         partial=partial,
         count=count,

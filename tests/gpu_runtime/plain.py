@@ -113,6 +113,8 @@ class PlainKernels:
         slope: float,
         partial: Tensor | None,
         count: Tensor | None,
+        factor: Tensor | None = None,
+        residual: Operand | None = None,
     ) -> None:
         rounded = [value_of(s).to(s.tensor.dtype).float() for s in sources]
         x, weight = torch.cat(rounded, 3).permute(0, 3, 1, 2), packed.data.float()
@@ -123,18 +125,21 @@ class PlainKernels:
                 o - ((i - 1) * s - 2 * p + k)
                 for o, i, p, k in zip((oh, ow), x.shape[2:], (top, left), (kh, kw), strict=True)
             ]
-            value = F.conv_transpose2d(x, weight, bias, s, (top, left), extra)
+            value = F.conv_transpose2d(x, weight, None, s, (top, left), extra)
         else:
             bottom = max(0, (oh - 1) * s + kh - top - x.shape[2])
             right = max(0, (ow - 1) * s + kw - left - x.shape[3])
             mode = "constant" if window.pad_mode == "zeros" else window.pad_mode
-            value = F.conv2d(F.pad(x, (left, right, top, bottom), mode), weight, bias, s)
-        value = value.permute(0, 2, 3, 1)
+            value = F.conv2d(F.pad(x, (left, right, top, bottom), mode), weight, None, s)
+        value = value.permute(0, 2, 3, 1) * (1.0 if factor is None else factor)
+        value = value + (0.0 if bias is None else bias.float())
         assert value.shape == out.shape
         if partial is not None and count is not None:
             parts, counts = statistics_of(value)
             partial.copy_(parts)
             count.copy_(counts)
+        if residual is not None:
+            value = value + value_of(residual)
         out.copy_(activate(value, act, slope))
 
     def label_parts(self, shape: dict[str, Any]) -> int:

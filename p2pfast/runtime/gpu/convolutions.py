@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from p2pfast.fuse.graph import AddOp, ApplyOp, ConvOp, View
+from p2pfast.fuse.graph import AddOp, ApplyOp, ConvOp, ImportOp, Op, PoolOp, View
 from p2pfast.runtime.gpu import forms
 from p2pfast.runtime.gpu.forms import APPLIED, LIBRARY, PROLOGUE, Form, Layer
 from p2pfast.runtime.gpu.frame import Frame
 from p2pfast.runtime.gpu.kernels import Operand, Sizes, Tiles, Window
 from p2pfast.runtime.gpu.measure import stopwatch
 from p2pfast.runtime.gpu.plan import Place, Report, Weights
-from p2pfast.runtime.gpu.tensors import NO_PAD, Pad, Stored, Tensors
+from p2pfast.runtime.gpu.tensors import NO_PAD, Fetch, Pad, Stored, Tensors, frozen_factors, key_of
 from p2pfast.runtime.plan import Constant
 from p2pfast.runtime.versions import Seen
 
@@ -29,7 +29,43 @@ class Convolutions(Tensors):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.forms: dict[str, Form] = {}
+        self.producers: dict[int, Op] = {}
+
+    def _settled(self) -> None:
+        """To be called when the operations are the final ones: reserves the concatenations whose parts are
+        written where they belong."""
         self.producers = {op.out: op for op in self.graph.ops if op.out >= 0}
+        for op in self.graph.ops:
+            if isinstance(op, ConvOp) and len(op.inputs) == 2 and self._form(op).kind != PROLOGUE:
+                self._reserve(op)
+
+    def _reserve(self, op: ConvOp) -> None:
+        ready = [v for v in op.inputs if self._sliceable(v) and v.base not in self.slices]
+        if self._border(op) != NO_PAD or not ready or op.inputs[0].base == op.inputs[1].base:
+            return
+        n, h, w, _ = self._nhwc(op.inputs[0].base)
+        channels = [self._shape(v.base)[1] for v in op.inputs]
+        key = key_of(op.inputs, NO_PAD, op.pad_mode)
+        if key in self.wide:
+            return
+        place = self.wide[key] = self._place((n, h, w, sum(channels)), f"concat_{op.inputs[0].base}")
+        first = 0
+        for view, count in zip(op.inputs, channels, strict=True):
+            if view in ready:
+                self.slices[view.base] = place.channels(first, count)
+            first += count
+
+    def _sliceable(self, view: View) -> bool:
+        """Whether what makes a view can write it into a slice of a wider tensor."""
+        maker = self.producers.get(view.base)
+        if view.norm is not None or view.act is not None or maker is None:
+            return False
+        if isinstance(maker, ConvOp):
+            # The library makes a tensor of its own, which only a pass after it moves.
+            return self._form(maker).kind != LIBRARY or _ends(maker)
+        if isinstance(maker, (AddOp, ApplyOp)):
+            return not getattr(maker, "dropout", 0.0) and self._border_wanted(view.base)[0] == NO_PAD
+        return isinstance(maker, (ImportOp, PoolOp))
 
     # --- which form --------------------------------------------------------------------------------
 
@@ -41,7 +77,7 @@ class Convolutions(Tensors):
                 forced = APPLIED
             measure = None
             if self.measured and forced is None:
-                measure = stopwatch(layer, self._window(op), self._needs_statistics(op.out), self)
+                measure = stopwatch(layer, self._window(op), self._gathers(op), self)
             self.forms[op.name] = forms.choose(layer, measure, forced)
         return self.forms[op.name]
 
@@ -53,6 +89,7 @@ class Convolutions(Tensors):
         pending = any(v.norm is not None or v.act is not None for v in op.inputs)
         maker = self.producers.get(op.inputs[0].base)
         written = isinstance(maker, (AddOp, ApplyOp)) and len(op.inputs) == 1 and not pending
+        apart = len(op.inputs) > 1 and not all(self._sliceable(v) for v in op.inputs)
         return Layer(
             images=n,
             channels=sum(self._shape(v.base)[1] for v in op.inputs),
@@ -65,12 +102,17 @@ class Convolutions(Tensors):
             itemsize=self.dtype.itemsize,
             transposed=window.transposed,
             stride=window.stride,
-            pending=pending or len(op.inputs) > 1,
+            pending=pending,
+            apart=apart,
             border=border != NO_PAD,
             ready=written,
-            statistics=self._needs_statistics(op.out),
+            statistics=self._gathers(op),
             strange=self._strange(op, border),
         )
+
+    def _gathers(self, op: ConvOp) -> bool:
+        """Whether the convolution itself can gather the statistics that are wanted of its result."""
+        return op.residual is None and self._needs_statistics(op.out)
 
     def _window(self, op: ConvOp) -> Window:
         module = self.modules[op.path]
@@ -121,7 +163,9 @@ class Convolutions(Tensors):
         size = f"{window.kernel[0]}×{window.kernel[1]} s{window.stride}"
         up = " up" if window.transposed else ""
         detail = f"{layer.channels}→{layer.out_channels} {size}{up} @{layer.out_height}×{layer.out_width}"
-        moved = layer.in_bytes + layer.out_bytes
+        detail += (" +norm" if op.norm else "") + (" +residual" if op.residual else "")
+        detail += " in a slice" if op.out in self.slices else ""
+        moved = layer.in_bytes + layer.out_bytes * (2.0 if op.residual else 1.0)
         self._report(Report(op.name, kind, detail, form.reason, layer.multiplications, moved))
         if form.kind == PROLOGUE:
             sources = [self._operand(v) for v in op.inputs]
@@ -149,21 +193,22 @@ class Convolutions(Tensors):
         pending: bool,
     ) -> None:
         """The Triton kernel, which gathers its statistics itself; ``size`` is its input's in memory."""
-        out = self._place(self._nhwc(op.out), op.name)
+        out = self._out(op)
         self.stored[op.out] = Stored(out)
         kernels = self.kernels
         channels = tuple(self._shape(v.base)[1] for v in op.inputs)
         if len(sources) == 1:
             channels = (sum(channels),)
         n, height, width, c = out.shape
-        statistics = self._needs_statistics(op.out)
+        statistics = self._gathers(op)
         sizes = Sizes(n, size, (height, width), channels, c, pending, statistics)
         tiles = kernels.tiles(window, sizes, self.dtype, self.device)
         self.plan.reports[-1].reason += f"; {tiles.name}"
         packed = self._packed(op.path, module, window, sizes, tiles).packed
-        bias = self._parameter(module, "bias")
+        factor, bias = self._on_the_way_out(op, module)
+        added = None if op.residual is None else self._operand(op.residual)
         kind, slope = ("none", 0.0) if op.act is None else (op.act.kind, op.act.slope)
-        reads = tuple(m for s in sources for m in s.reads)
+        reads = tuple(m for s in (*sources, *([] if added is None else [added])) for m in s.reads)
         writes: tuple[Any, ...] = (out.memory,)
         partial = count = None
         if statistics:
@@ -184,6 +229,8 @@ class Convolutions(Tensors):
                 slope,
                 None if partial is None else frame.at(partial),
                 None if count is None else frame.at(count),
+                None if factor is None else factor(frame),
+                None if added is None else added.fetch(frame),
             )
 
         self._step(op.name, run, reads, writes)
@@ -195,10 +242,32 @@ class Convolutions(Tensors):
                 lambda f: f.at(where[1]),
                 (partial.memory, count.memory),
             )
+        elif self._needs_statistics(op.out):
+            self._survey(op.out)
+
+    def _on_the_way_out(self, op: ConvOp, module: Any) -> tuple[Fetch | None, Fetch | None]:
+        """Factor and shift of the convolution's sums: its bias, and a norm by stored statistics after it."""
+        if op.norm is None:
+            return None, self._parameter(module, "bias")
+        norm = self.modules[op.norm.path]
+        factors = self._frozen(norm)
+        if module.bias is None:
+            return factors.scale, factors.shift
+
+        def tensors() -> list[Tensor]:
+            named = (module.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+            return [t for t in named if t is not None]
+
+        def shift() -> Tensor:
+            factor, moved = frozen_factors(norm)
+            return (moved + factor * module.bias.detach().double()).float()
+
+        return factors.scale, self._constant(tensors, shift)
 
     def _library(self, op: ConvOp, module: Any, window: Window, ready: Place) -> None:
-        """The library's convolution, which makes its own tensor, and a pass for the statistics."""
-        out = self._made(self._nhwc(op.out), op.name)
+        """The library's convolution, which makes its own tensor, and passes for what follows it and for the
+        statistics."""
+        out = self.slices.get(op.out) or self._made(self._nhwc(op.out), op.name)
         self.stored[op.out] = Stored(out)
         dtype = self.dtype
 
@@ -207,22 +276,31 @@ class Convolutions(Tensors):
 
         weight = self._constant(lambda: [module.weight], weights)
         bias = None
-        if module.bias is not None:
+        if module.bias is not None and op.norm is None:
             bias = self._constant(lambda: [module.bias], lambda: module.bias.detach().to(dtype).clone())
+        factor, moved = self._on_the_way_out(op, module) if op.norm is not None else (None, None)
+        added = None if op.residual is None else self._operand(op.residual)
         shape = self._shape(op.out)
-        act = op.act
-        apply = self.kernels.apply
+        kind, slope = ("none", 0.0) if op.act is None else (op.act.kind, op.act.slope)
+        apply, ends = self.kernels.apply, _ends(op)
 
         def run(frame: Frame) -> None:
             made = library_conv(
                 frame.image(ready), weight(frame), None if bias is None else bias(frame), window, shape
             )
             nhwc = made.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-            if act is not None:
-                apply(Operand(nhwc), nhwc, None, act.kind, act.slope, NO_PAD, "zeros")
-            frame.made[out.memory] = nhwc
+            target = frame.at(out) if out.memory.bytes else nhwc
+            if ends:
+                value = Operand(nhwc)
+                if factor is not None and moved is not None:
+                    value = Operand(nhwc, factor(frame), moved(frame))
+                apply(
+                    value, target, None if added is None else added.fetch(frame), kind, slope, NO_PAD, "zeros"
+                )
+            if not out.memory.bytes:
+                frame.made[out.memory] = nhwc
 
-        self._step(op.name, run, (ready.memory,), (out.memory,))
+        self._step(op.name, run, (ready.memory, *(() if added is None else added.reads)), (out.memory,))
         if self._needs_statistics(op.out):
             self._survey(op.out)
 
@@ -262,6 +340,11 @@ class Convolutions(Tensors):
                 if plain and border != NO_PAD and self._form(op).kind != PROLOGUE:
                     wanted.add((border, op.pad_mode))
         return wanted.pop() if len(wanted) == 1 else (NO_PAD, "zeros")
+
+
+def _ends(op: ConvOp) -> bool:
+    """Whether something follows the convolution that a library leaves to a pass."""
+    return op.norm is not None or op.residual is not None or op.act is not None
 
 
 _flag = threading.Lock()

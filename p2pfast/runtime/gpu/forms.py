@@ -40,6 +40,7 @@ class Layer:
 
     Attributes:
         pending: something has to be done to the input: a normalisation, an activation.
+        apart: the input is two tensors that nobody has written side by side.
         border: the padding is a reflection or replication.
         ready: the input as the kernel wants it exists anyway (an addition writes it, say).
         statistics: of the output are wanted.
@@ -62,6 +63,7 @@ class Layer:
     ready: bool
     statistics: bool
     strange: str | None = None
+    apart: bool = False
 
     @property
     def in_bytes(self) -> float:
@@ -109,7 +111,7 @@ def estimate(layer: Layer, machine: Machine = H100) -> dict[str, float]:
     slower = 1.6 if layer.pending else 1.15 if layer.border else 1.0
     busy = machine.launch + max(slower * product, traffic)
     prepared = 0.0
-    if (layer.pending or layer.border) and not layer.ready:
+    if (layer.pending or layer.border or layer.apart) and not layer.ready:
         prepared = pass_over(layer.in_bytes, layer.in_bytes)
     found = {PROLOGUE: busy, APPLIED: core + prepared}
     if layer.strange is None:

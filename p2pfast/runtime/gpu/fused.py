@@ -25,6 +25,10 @@ def _image(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
+def _source(x: Operand) -> convolutions.Source:
+    return convolutions.Source(x.tensor, x.scale, x.shift, x.act, x.slope)
+
+
 class FusedKernels:
     """See :class:`p2pfast.runtime.gpu.kernels.Kernels`; ``device`` is where the tensors are."""
 
@@ -119,9 +123,11 @@ class FusedKernels:
         slope: float,
         partial: Tensor | None,
         count: Tensor | None,
+        factor: Tensor | None = None,
+        residual: Operand | None = None,
     ) -> None:
         convolutions.conv(
-            [convolutions.Source(s.tensor, s.scale, s.shift, s.act, s.slope) for s in sources],
+            [_source(s) for s in sources],
             packed,
             bias,
             out,
@@ -130,6 +136,8 @@ class FusedKernels:
             pad_mode=window.pad_mode,
             act=act,
             slope=slope,
+            factor=factor,
+            residual=None if residual is None else _source(residual),
             partial=partial,
             count=count,
             config=tiles.config,

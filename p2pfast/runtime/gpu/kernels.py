@@ -108,8 +108,11 @@ class Kernels(Protocol):
         slope: float,
         partial: Tensor | None,
         count: Tensor | None,
+        factor: Tensor | None = None,
+        residual: Operand | None = None,
     ) -> None:
-        """The convolution of one or two inputs side by side, with statistics of its float32 result."""
+        """out = act(conv * factor + bias + residual) of one or two inputs side by side, with statistics of
+        its float32 result before the residual."""
 
     def label_parts(self, shape: dict[str, Any]) -> int:
         """Parts of the statistics that :meth:`label_conv` gathers; 0: none, they need a pass."""

@@ -21,6 +21,7 @@ from p2pfast.fuse.graph import (
     View,
     map_views,
 )
+from p2pfast.runtime.gpu.epilogue import fold
 from p2pfast.runtime.gpu.frame import Frame
 from p2pfast.runtime.gpu.labels import LabelConvolutions
 from p2pfast.runtime.gpu.plan import AFTER, BEFORE, DURING, GpuPlan, Memory, Place, Report, Result
@@ -36,6 +37,8 @@ class Lowering(LabelConvolutions):
     def build(self, streams: int = 1) -> GpuPlan:
         """The plan, its steps spread over at most ``streams`` streams."""
         self.direct = settle(self.graph)
+        fold(self.graph)
+        self._settled()
         for op in self.graph.ops:
             self._lower(op)
         self._finish_results()
@@ -71,7 +74,7 @@ class Lowering(LabelConvolutions):
 
     def _import(self, op: ImportOp) -> None:
         """An outside tensor into NHWC and the stored dtype."""
-        place = self._place(self._nhwc(op.out), op.name)
+        place = self._out(op)
         self.stored[op.out] = Stored(place)
         node, shape = op.node, self._shape(op.out)
         # An input that an unfused operation may have written to arrives in its turn.
@@ -162,7 +165,7 @@ class Lowering(LabelConvolutions):
         n, h, w, c = self._nhwc(op.out)
         border, mode = self._border_wanted(op.out)
         if border == NO_PAD:
-            place = self._place((n, h, w, c), op.name)
+            place = self._out(op)
             self.stored[op.out] = Stored(place)
             return self.stored[op.out], place
         top, bottom, left, right = border
@@ -213,7 +216,7 @@ class Lowering(LabelConvolutions):
     def _pool(self, op: PoolOp) -> None:
         assert op.view is not None
         source = self._stored_view(op.view)
-        place = self._place(self._nhwc(op.out), op.name)
+        place = self._out(op)
         self.stored[op.out] = Stored(place)
         detail = f"{op.kernel}×{op.kernel} s{op.stride}"
         self._report(Report(op.name, "avg_pool", detail, "PyTorch's", bytes=source.bytes + place.bytes))

@@ -103,7 +103,7 @@ def _measure(kind: str, layer: Layer, window: Window, statistics: bool, of: Tens
         pad = (window.padding[0], max(0, bottom), window.padding[1], max(0, right))
         bare = Window(window.kernel, window.stride, (0, 0), "zeros", window.transposed)
         prepared = torch.empty(n, h + pad[0] + pad[1], w + pad[2] + pad[3], c, **made)
-    elif layer.pending and kind != PROLOGUE:
+    elif (layer.pending or layer.apart) and kind != PROLOGUE:
         prepared = torch.empty_like(x)
 
     def prepare() -> Operand:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from p2pfast.fuse.graph import Act, Graph, Norm, View
+from p2pfast.fuse.graph import Act, Graph, Norm, Op, View
 from p2pfast.runtime.gpu.frame import Frame
 from p2pfast.runtime.gpu.kernels import Kernels, Operand
 from p2pfast.runtime.gpu.plan import DURING, GpuPlan, Memory, Place, Report, Running, Step
@@ -72,6 +72,8 @@ class Tensors:
     factors: dict[tuple[int, Norm], Factors] = field(default_factory=dict)
     applied: dict[Any, Place] = field(default_factory=dict)
     outside: dict[str, Memory] = field(default_factory=dict)
+    wide: dict[Any, Place] = field(default_factory=dict)  # concatenations that are written piece by piece
+    slices: dict[int, Place] = field(default_factory=dict)  # a base's part of one of them
 
     def __post_init__(self) -> None:
         self.uses = count_uses(self.graph)
@@ -89,6 +91,10 @@ class Tensors:
         strides = torch.empty(shape, device="meta").stride()
         size = max(1, torch.Size(shape).numel()) * dtype.itemsize
         return Place(self._memory(size, name), dtype, tuple(shape), strides)
+
+    def _out(self, op: Op) -> Place:
+        """Where an operation's result goes: a slice of a concatenation, or a tensor of its own."""
+        return self.slices.get(op.out) or self._place(self._nhwc(op.out), op.name)
 
     def _made(self, shape: tuple[int, ...], name: str) -> Place:
         """A tensor that a step makes itself."""
@@ -206,16 +212,9 @@ class Tensors:
             named = (module.running_mean, module.running_var, module.weight, module.bias)
             return [t for t in named if t is not None]
 
-        def scale() -> Tensor:
-            factor = torch.rsqrt(module.running_var.double() + module.eps)
-            return factor if module.weight is None else factor * module.weight.detach().double()
-
-        def shift() -> Tensor:
-            moved = -module.running_mean.double() * scale()
-            return moved if module.bias is None else moved + module.bias.detach().double()
-
         return Factors(
-            self._constant(tensors, lambda: scale().float()), self._constant(tensors, lambda: shift().float())
+            self._constant(tensors, lambda: frozen_factors(module)[0].float()),
+            self._constant(tensors, lambda: frozen_factors(module)[1].float()),
         )
 
     # --- operands ----------------------------------------------------------------------------------
@@ -268,7 +267,8 @@ class Tensors:
         return self.applied[key]
 
     def _bordered(self, views: tuple[View, ...], pad: Pad, mode: str) -> Place:
-        """Views side by side along the channels, with nothing pending and a border around them."""
+        """Views side by side along the channels, with nothing pending and a border around them; those that
+        were written into their slices are there already."""
         if pad == NO_PAD and len(views) == 1:
             return self._stored_view(views[0])
         only = views[0] if len(views) == 1 else None
@@ -276,19 +276,35 @@ class Tensors:
             known = self.stored[only.base]
             if known.whole is not None and known.border == pad and known.border_mode == mode:
                 return known.whole
-        key = (tuple((v.base, v.norm, v.act) for v in views), pad, mode)
+        key = key_of(views, pad, mode)
         if key not in self.applied:
             n, h, w, _ = self._nhwc(views[0].base)
             channels = [self._shape(v.base)[1] for v in views]
-            shape = (n, h + pad[0] + pad[1], w + pad[2] + pad[3], sum(channels))
-            place = self._place(shape, f"bordered_{views[0].base}")
+            place = self.wide.get(key)
+            if place is None:
+                shape = (n, h + pad[0] + pad[1], w + pad[2] + pad[3], sum(channels))
+                place = self._place(shape, f"bordered_{views[0].base}")
             first = 0
             for view, count in zip(views, channels, strict=True):
-                name = f"apply_{view.base}"
-                self._write(name, self._operand(view), place.channels(first, count), pad, mode)
+                if self.stored[view.base].place.memory is not place.memory:
+                    name = f"apply_{view.base}"
+                    self._write(name, self._operand(view), place.channels(first, count), pad, mode)
                 first += count
             self.applied[key] = place
         return self.applied[key]
+
+
+def frozen_factors(norm: Any) -> tuple[Tensor, Tensor]:
+    """Scale and shift (C,) of a norm's stored statistics, in float64."""
+    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = -norm.running_mean.double() * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
+
+
+def key_of(views: tuple[View, ...], pad: Pad, mode: str) -> Any:
+    return tuple((v.base, v.norm, v.act) for v in views), pad, mode
 
 
 def _made(memory: Memory) -> Fetch:

@@ -30,6 +30,7 @@ def _check(
     residual: Source | None,
     partial: Tensor | None,
     count: Tensor | None,
+    factor: Tensor | None,
 ) -> None:
     if len(sources) not in (1, 2):
         raise ValueError(f"there are {len(sources)} sources; 1 or 2 are supported")
@@ -83,12 +84,20 @@ def _check(
             )
     if bias is not None and bias.shape != (packed.out_channels,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; ({packed.out_channels},) is expected")
+    if factor is not None:
+        check_tensor("factor", factor, (torch.float32,))
+        if factor.shape != (packed.out_channels,) or not factor.is_contiguous():
+            raise ValueError(
+                f"factor has shape {tuple(factor.shape)} and strides {factor.stride()}; "
+                f"({packed.out_channels},), contiguous, is expected"
+            )
     if (partial is None) != (count is None):
         raise ValueError("partial and count go together; one of them is None")
     if packed.layout == "rows":
         if -(-out.shape[1] // packed.rows) > 65535:
             raise ValueError(f"out has shape {tuple(out.shape)}: too high for the weights' layout 'rows'")
     others: dict[str, Tensor | None] = {
+        "factor": factor,
         "bias": bias,
         "weights": packed.data,
         "out": out,
@@ -115,6 +124,7 @@ def conv(
     pad_mode: str = "zeros",
     act: str = "none",
     slope: float = 0.0,
+    factor: Tensor | None = None,
     residual: Source | None = None,
     partial: Tensor | None = None,
     count: Tensor | None = None,
@@ -123,7 +133,8 @@ def conv(
 ) -> None:
     """A convolution with everything around it, written into ``out`` on the current stream.
 
-    ``out = act(conv(pad(cat(sources))) + bias + residual)``; sums are float32 whatever the stored dtype.
+    ``out = act(conv(pad(cat(sources))) * factor + bias + residual)``; sums are float32 whatever the stored
+    dtype.
 
     Args:
         sources: one, or two that stand for their concatenation along the channels; each does its own deferred
@@ -136,9 +147,10 @@ def conv(
         padding: at the top and at the left; transposed, as given to ``pack``.
         pad_mode: ``"zeros"``, ``"reflect"`` or ``"replicate"``; padding follows the sources' activations.
         act, slope: as for ``p2pfast.ops.conv.conv``.
+        factor: (Cout,) float32, or None: with ``bias``, a normalisation by stored statistics.
         residual: (N, H', W', Cout), added before the activation.
         partial: (N, parts, 2, Cout) float32, contiguous: is given mean and M2 about it of each part's float32
-            values, bias included, before residual, activation and rounding; parts from ``parts``.
+            values, factor and bias included, before residual, activation and rounding; parts from ``parts``.
         count: (parts,) float32: is given the pixels of each part.
         config: None: that of ``default_config``.
         precision: of float32 products: ``"tf32"``, ``"tf32x3"`` or ``"ieee"``; None: as
@@ -148,7 +160,7 @@ def conv(
         TypeError, ValueError: arguments that do not fit together.
         RuntimeError: a device of compute capability below 8.0.
     """
-    _check(sources, packed, bias, out, stride, padding, pad_mode, residual, partial, count)
+    _check(sources, packed, bias, out, stride, padding, pad_mode, residual, partial, count, factor)
     pad = padding_of(sources, packed, out, stride, padding, pad_mode)
     if config is None:
         config = default_config(packed, sources[0].tensor, out)
@@ -173,6 +185,7 @@ def conv(
         packed,
         bias,
         out,
+        factor=factor,
         stride=stride,
         padding=padding,
         pad=pad,

@@ -183,6 +183,7 @@ def conv_kernel(
     scale1,
     shift1,
     w,
+    factor,
     bias,
     residual,
     residual_scale,
@@ -353,6 +354,8 @@ def conv_kernel(
 
     channel = column % COUT
     exists = column < COLUMNS
+    if factor is not None:
+        acc *= tl.load(factor + channel, mask=exists, other=0.0)[None, :]
     if bias is not None:
         acc += tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)[None, :]
 

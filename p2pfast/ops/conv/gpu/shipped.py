@@ -33,8 +33,10 @@ def _launch(
     statistics: bool = True,
     act: str = "none",
     precision: str = "tf32",
+    last: bool = False,
 ) -> Launch:
-    """A layer's launch on the meta device; ``size`` is the input's height and width."""
+    """A layer's launch on the meta device; ``size`` is the input's height and width. With ``last`` stored
+    statistics and a residual are done on the way out."""
     meta: dict[str, Any] = {"device": "meta"}
     total = sum(channels)
     ends = (total, out_channels) if transposed else (out_channels, total)
@@ -57,17 +59,19 @@ def _launch(
         for c, norm in zip(channels, norms, strict=True)
     ]
     number = parts(packed, height, width, config)
+    out = torch.empty(1, height, width, out_channels, dtype=dtype, **meta)
     return build(
         sources,
         packed,
         torch.empty(out_channels, **meta),
-        torch.empty(1, height, width, out_channels, dtype=dtype, **meta),
+        out,
+        factor=torch.empty(out_channels, **meta) if last else None,
         stride=stride,
         padding=(padding, padding),
         pad="zeros" if transposed else pad,
         act=act,
         slope=0.0,
-        residual=None,
+        residual=Source(torch.empty_like(out)) if last else None,
         partial=torch.empty(1, number, 2, out_channels, **meta) if statistics else None,
         count=torch.empty(number, **meta) if statistics else None,
         config=config,
@@ -95,6 +99,18 @@ def shipped() -> list[Shipped]:
     wide, thin = TILES[1], THIN_TILES[0]
     add(
         "3x3 of a padded input", TILES[0], BF16, (1024,), 1024, (34, 66), padding=0, pad="none", pending=False
+    )
+    add(
+        "3x3, stored statistics and residual",
+        TILES[0],
+        BF16,
+        (256,),
+        256,
+        (64, 64),
+        pending=False,
+        statistics=False,
+        act="relu",
+        last=True,
     )
     add("4x4, stride 2", wide, BF16, (128,), 256, (64, 64), kernel=4, stride=2, pad="zeros")
     up: dict[str, Any] = {"stride": 2, "transposed": True}

@@ -22,6 +22,7 @@ def thin_kernel(
     scale1,
     shift1,
     w,
+    factor,
     bias,
     residual,
     residual_scale,
@@ -154,6 +155,8 @@ def thin_kernel(
     out_y = (row + tl.arange(0, ROWS))[:, None, None]
     out_z = (first + p)[None, None, :]
     mask = (channel < COUT) & (out_y < out_height) & (out_z < out_width) & (p < BM - KW + 1)[None, None, :]
+    if factor is not None:
+        y *= tl.load(factor + channel, mask=channel < COUT, other=0.0)
     if bias is not None:
         y += tl.load(bias + channel, mask=channel < COUT, other=0.0).to(tl.float32)
     if partial is not None:
