@@ -31,6 +31,19 @@ class Chain:
         return self.nodes[-1]
 
 
+@dataclass
+class Join:
+    """``act(torch.cat(parts, 1))``."""
+
+    parts: list[fx.Node]
+    nodes: list[fx.Node]
+    act: Act | None = None
+
+    @property
+    def last(self) -> fx.Node:
+        return self.nodes[-1]
+
+
 class ChainFinder:
     """Finds the chains of a traced graph, which it simplifies where that changes nothing.
 
@@ -58,6 +71,29 @@ class ChainFinder:
             if chain is not None:
                 found.append(chain)
                 self.taken.update(chain.nodes)
+        return found
+
+    def joins(self) -> list[Join]:
+        """The concatenations of images along their channels, with the activation that is their only reader;
+        to be asked after ``find``."""
+        found = []
+        for node in self.traced.graph.nodes:
+            call = None if node in self.taken else self.call(node)
+            if call is None or call.kind != "cat" or call.options["dim"] not in (1, -3):
+                continue
+            parts = call.x if isinstance(call.x, (list, tuple)) else []
+            if len(parts) < 2 or not all(self._is_image(part) for part in parts):
+                continue
+            join = Join(list(parts), [node])
+            reader = self._only_user(node)
+            act = None if reader is None or reader in self.taken else self.call(reader)
+            if reader is not None and act is not None and act.kind == "act" and act.x is node:
+                span = range(self.order[node], self.order[reader])
+                if not any(self.order[w] in span for w in self.writers):
+                    join.act = act.options["act"]
+                    join.nodes.append(reader)
+            self.taken.update(join.nodes)
+            found.append(join)
         return found
 
     def call(self, node: fx.Node) -> Call | None:

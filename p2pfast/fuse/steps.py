@@ -16,11 +16,12 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from p2pfast import functional
-from p2pfast.fuse.chains import Chain, ChainFinder
+from p2pfast.fuse.chains import Chain, ChainFinder, Join
 from p2pfast.fuse.operators import Call, pair
 from p2pfast.fuse.source import Captured
 from p2pfast.fuse.trace import Traced
 from p2pfast.nn.sequence import norm_statistics
+from p2pfast.ops.conv_norm_act import join
 
 MODULES, CHAINS, CHANNELS_LAST = "modules", "chains", "channels_last"
 
@@ -174,6 +175,17 @@ def convolution_size(chain: Chain) -> tuple[int, int, int]:
     return kernel[0], stride[0], multiplications
 
 
+class _JoinStep:
+    """A concatenation and its activation as one call of ``p2pfast.ops.conv_norm_act.join``."""
+
+    def __init__(self, found: Join) -> None:
+        self.parts = [part.name for part in found.parts]
+        self.act = ("none", 0.0) if found.act is None else (found.act.kind, found.act.slope)
+
+    def __call__(self, values: dict[str, Any]) -> Tensor:
+        return join([values[name] for name in self.parts], *self.act)
+
+
 class Program:
     """A traced network as steps in order: as it was (``MODULES``), or with its chains as one step each, on
     images as they are given (``CHAINS``) or ``CHANNELS_LAST``. Several threads may run it at once.
@@ -184,7 +196,9 @@ class Program:
         self.traced, self.names, self.spec, self.way = traced, captured.names, captured.spec, way
         finder = ChainFinder(traced)
         chains = {chain.last: chain for chain in finder.find()} if way != MODULES else {}
+        joins = {found.last: found for found in finder.joins()} if way != MODULES else {}
         inside = {node for chain in chains.values() for node in chain.nodes}
+        inside |= {node for found in joins.values() for node in found.nodes}
         self.notes = list(finder.notes)
         self.steps: list[_Step] = []
         self.chains = list(chains.values())
@@ -202,12 +216,17 @@ class Program:
                 self.reports.append(step.report)
                 self.steps.append(_Step(node.name, step))
                 needed.append([n for part in chains[node].nodes for n in part.all_input_nodes])
+            elif node in joins:
+                self.steps.append(_Step(node.name, _JoinStep(joins[node])))
+                needed.append(joins[node].parts)
             elif node not in inside:
                 self.steps.append(self._foreign(node, finder))
                 needed.append(node.all_input_nodes)
         kept = {n.name for n in _nodes(self.result)}
+        ends = {*chains, *joins}
         for step_, nodes in zip(reversed(self.steps), reversed(needed), strict=True):
-            step_.dead = list({n.name for n in nodes if n.name not in kept and n not in inside - set(chains)})
+            read = {n.name for n in nodes if n not in inside or n in ends}
+            step_.dead = list(read - kept)
             kept.update(step_.dead)
             if step_.name not in kept:  # nothing reads it
                 step_.dead.append(step_.name)

@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 _REPEATS = 2  # timed runs of each way after one to warm up; the least counts
 _MOST_REPEATS = 20
+_FAR_BEHIND = 2.0  # times the best: more than what others on the machine do to one run
 _chosen: dict[tuple[object, ...], str] = {}
 
 
@@ -94,12 +95,15 @@ def _choose(key: tuple[object, ...], ways: tuple[Callable[[], object], ...], sec
 
 
 def _seconds(ways: tuple[Callable[[], object], ...], seconds: float) -> list[float]:
-    """The least time of each way, over rounds that take them in turn: other programs disturb all alike."""
+    """The least time of each way, over rounds that take them in turn: other programs disturb all alike. Those
+    far behind after a round take no part in the next."""
     for way in ways:
         way()
     best, begin, done = [float("inf")] * len(ways), time.perf_counter(), 0
     while done < _REPEATS or (time.perf_counter() - begin < seconds * len(ways) and done < _MOST_REPEATS):
         for i, way in enumerate(ways):
+            if done and best[i] > _FAR_BEHIND * min(best):
+                continue
             start = time.perf_counter()
             way()
             best[i] = min(best[i], time.perf_counter() - start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from p2pfast.ops.conv.activation import activate
 from p2pfast.ops.conv.op import run_conv
-from p2pfast.ops.conv_norm_act import conv_norm_act, conv_norm_act_reference, convolution
+from p2pfast.ops.conv_norm_act import conv_norm_act, conv_norm_act_reference, convolution, join
 from p2pfast.ops.conv_norm_act.pad import padded, unpadded
 from p2pfast.ops.conv_norm_act.weight import ALGORITHMS, weight_gradient
 
@@ -121,22 +123,16 @@ def test_what_is_kept() -> None:
     """A chain keeps its first input and every raw output; not what passes from layer to layer."""
     weights = [torch.randn(8, 8, 3, 3, requires_grad=True) for _ in range(3)]
     x = torch.randn(1, 8, 16, 16).contiguous(memory_format=torch.channels_last)
-    made: list[StorageWeakRef] = []
 
-    class Note(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(t, Tensor) and t.numel() >= x.numel():
-                    made.append(StorageWeakRef(t.untyped_storage()))
-            return out
-
-    with Note():
+    def run() -> Tensor:
         y = x
         for w in weights:
             y = conv_norm_act(y, w, padding=1, padding_mode="reflect", norm="instance", act="relu")
-    # Three raw outputs, the result that is held here, and x.
-    assert len({r.cdata for r in made if not r.expired()} | {x.untyped_storage()._cdata}) == 5
+        return y
+
+    # Three raw outputs, the result that is held here, and the statistics.
+    assert x.nbytes * 4 <= storages_alive(run, [x, *weights]) <= x.nbytes * 4 + 2000
+    y = run()
     y.square().sum().backward()
     reference = x
     copies = [w.detach().clone().requires_grad_() for w in weights]
@@ -146,6 +142,122 @@ def test_what_is_kept() -> None:
     reference.square().sum().backward()
     for w, c in zip(weights, copies, strict=True):
         torch.testing.assert_close(w.grad, c.grad, rtol=1e-3, atol=1e-2)
+
+
+def storages_alive(run: Callable[[], object], given: Sequence[Tensor]) -> int:
+    """Bytes that live after ``run``, without those of the tensors given."""
+    made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(t, Tensor):
+                    storage = t.untyped_storage()
+                    made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+            return out
+
+    run()  # scratch memory that stays
+    with Note():
+        kept = run()
+    known = {t.untyped_storage()._cdata for t in given}
+    alive = sum(size for key, (ref, size) in made.items() if key not in known and not ref.expired())
+    del kept
+    return alive
+
+
+def skip(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    act: str,
+    layer: Callable[..., Tensor],
+    joined: Callable[..., Tensor],
+) -> Tensor:
+    """Two layers, and a third that reads both."""
+    a, b, c = weights
+    first = layer(x, a, padding=1, norm="batch", act="leaky_relu", slope=0.2)
+    second = layer(first, b, padding=1, norm="batch")
+    return layer(joined([first, second], act, 0.2), c, padding=1, norm="batch")
+
+
+def joined_by_pytorch(tensors: Sequence[Tensor], act: str, slope: float) -> Tensor:
+    return activate(torch.cat(list(tensors), 1), act, slope)
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "leaky_relu", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_skip_connection_is_made_again(dtype: torch.dtype, act: str) -> None:
+    x = (torch.randn(2, 5, 9, 11) + 1).to(dtype)
+    weights = [(torch.randn(8, c, 3, 3) / 9).to(dtype).requires_grad_() for c in (5, 8, 16)]
+    y = skip(x, weights, act, conv_norm_act, join)
+    grad = torch.randn_like(y)
+    got = torch.autograd.grad(y, weights, grad, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(got, torch.autograd.grad(y, weights, grad), strict=True))
+    exact = [w.detach().double().requires_grad_() for w in weights]
+    expected_y = skip(x.double(), exact, act, conv_norm_act_reference, joined_by_pytorch)
+    expected = torch.autograd.grad(expected_y, exact, grad.double())
+    tolerance = 2e-5 if dtype == torch.float32 else 4e-2
+    assert (y.double() - expected_y).abs().max() <= tolerance * expected_y.abs().max()
+    for a, b in zip(got, expected, strict=True):
+        assert (a.double() - b).norm() <= 2 * tolerance * b.norm()
+
+
+def test_a_skip_connection_keeps_raw_outputs_only() -> None:
+    """Three of 8 channels, that of the result, and the statistics; PyTorch keeps twice as much."""
+    x = torch.randn(1, 8, 32, 32).contiguous(memory_format=torch.channels_last)
+    weights = [torch.randn(8, c, 3, 3, requires_grad=True) for c in (8, 8, 16)]
+    layer = 8 * 32 * 32 * 4
+    ours = storages_alive(lambda: skip(x, weights, "relu", conv_norm_act, join), [x, *weights])
+    assert 4 * layer <= ours < 4.2 * layer
+    plain = storages_alive(
+        lambda: skip(x, weights, "relu", conv_norm_act_reference, joined_by_pytorch), [x, *weights]
+    )
+    assert plain >= 2 * ours
+
+
+def test_a_finished_backward_pass_frees_what_was_joined() -> None:
+    """Also while the loss is held, as training loops do."""
+    x = torch.randn(1, 8, 32, 32).contiguous(memory_format=torch.channels_last)
+    weights = [torch.randn(8, c, 3, 3, requires_grad=True) for c in (8, 8, 16)]
+
+    def step() -> Tensor:
+        loss = skip(x, weights, "relu", conv_norm_act, join).square().mean()
+        torch.autograd.grad(loss, weights)
+        return loss
+
+    assert storages_alive(step, [x, *weights]) < 2000
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "tanh"])
+def test_second_derivatives_of_a_skip_connection(act: str) -> None:
+    results = []
+    for layer, joined in ((conv_norm_act, join), (conv_norm_act_reference, joined_by_pytorch)):
+        torch.manual_seed(4)
+        x = torch.randn(2, 5, 6, 7, requires_grad=True)
+        weights = [(torch.randn(4, c, 3, 3) / 9).requires_grad_() for c in (5, 4, 8)]
+        loss = skip(x, weights, act, layer, joined).pow(3).mean()
+        (of_x,) = torch.autograd.grad(loss, x, create_graph=True)
+        results.append(torch.autograd.grad(of_x.square().sum(), weights))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_joined_tensor_changed_in_place_is_noticed() -> None:
+    x = torch.randn(1, 8, 8, 8, requires_grad=True)
+    y = x * 1.0
+    result = join([y, y], "relu")
+    with torch.no_grad():
+        y.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
+
+
+@pytest.mark.parametrize("sizes", [((1, 2, 4, 4), (1, 2, 4, 1)), ((1, 2, 4, 4), (1, 2, 4))])
+def test_what_cannot_be_joined(sizes: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(RuntimeError):
+        join([torch.randn(size, requires_grad=True) for size in sizes], "relu")
+    with pytest.raises(ValueError, match="act is 'swish'"):
+        join([torch.randn(1, 2, 4, 4)], "swish")
 
 
 def test_an_output_changed_in_place_is_kept_itself() -> None:

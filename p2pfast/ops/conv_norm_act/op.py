@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,63 +11,12 @@ from p2pfast.ops.conv.op import PADDING_MODES
 from p2pfast.ops.conv_norm_act import convolution
 from p2pfast.ops.conv_norm_act.convolution import Geometry
 from p2pfast.ops.conv_norm_act.pad import padded
+from p2pfast.ops.conv_norm_act.recipe import NormRecipe, kept_as_recipes, recipe_of, versions
 from p2pfast.ops.conv_norm_act.reference import conv_norm_act_reference, update_running
 from p2pfast.ops.gradients import activation_gradient, from_output
 from p2pfast.ops.norm_act.op import is_native, norm_act, norm_act_backward
 
 NORMS = ("none", "instance", "batch")
-
-
-@dataclass
-class Recipe:
-    """How a layer's output is made again from what its own backward pass keeps."""
-
-    raw: Tensor
-    mean: Tensor
-    variance: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-    act: str
-    slope: float
-    version: int  # of the output it describes
-    parameter_versions: tuple[int, ...]
-
-    def make(self) -> Tensor:
-        """The output.
-
-        Raises:
-            RuntimeError: the norm's parameters have changed since.
-        """
-        if _versions(self.weight, self.bias) != self.parameter_versions:
-            raise RuntimeError(
-                "the weight or bias of a norm was modified by an inplace operation after the forward pass; "
-                "run the backward pass before the optimiser's step"
-            )
-        statistics = self.weight, self.bias, self.mean, self.variance
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return norm_act(self.raw, *statistics, False, self.eps, self.act, self.slope)[0]
-
-
-def _versions(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple(t._version for t in tensors if t is not None)
-
-
-def _kept_as_recipe(x: Tensor, recipe: Recipe | None) -> contextlib.AbstractContextManager[Any]:
-    """Within it, autograd keeps the recipe where it would keep ``x``. What it unpacks has x's place in the
-    graph, so that a gradient can be differentiated."""
-    if recipe is None:
-        return contextlib.nullcontext()
-
-    address, shape = x.data_ptr(), x.shape  # not x itself: autograd keeps the functions
-
-    def pack(t: Tensor) -> Tensor | Recipe:
-        return recipe if t.data_ptr() == address and t.shape == shape else t
-
-    def unpack(kept: Tensor | Recipe) -> Tensor:
-        return kept.make() if isinstance(kept, Recipe) else kept
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 @dataclass
@@ -181,7 +129,7 @@ def conv_norm_act(
     statistics = (running_mean, running_var) if use_running else (None, None)
 
     lowered = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    recipe = _recipe_of(x)
+    recipe = recipe_of(x)
     fused = is_native(x, act) and lowered in (torch.float32, torch.bfloat16)
     if torch.compiler.is_compiling() or not fused:
         y, mean, variance = _composed(x, weight, bias, norm_weight, norm_bias, residual, statistics, options)
@@ -189,7 +137,7 @@ def conv_norm_act(
         source = x.to(lowered).contiguous(memory_format=torch.channels_last)
         if source is not x:
             recipe = None
-        with torch.autocast("cpu", enabled=False), _kept_as_recipe(source, recipe):
+        with torch.autocast("cpu", enabled=False), kept_as_recipes([(source, recipe)]):
             y, raw, mean, variance = _ConvNormAct.apply(
                 source,
                 weight.to(lowered),
@@ -202,21 +150,13 @@ def conv_norm_act(
             )
         if norm != "none" and residual is None and y.requires_grad:
             parameters = norm_weight, norm_bias
-            y._p2pfast_recipe = Recipe(
-                raw, mean, variance, *parameters, eps, act, slope, y._version, _versions(*parameters)
+            y._p2pfast_recipe = NormRecipe(
+                raw, mean, variance, *parameters, eps, act, slope, y._version, versions(*parameters)
             )
     if norm != "none" and not use_running and running_mean is not None and running_var is not None:
         values = y.shape[2:].numel() * (y.shape[0] if norm == "batch" else 1)
         update_running(running_mean, running_var, mean, variance, values, momentum)
     return y
-
-
-def _recipe_of(x: Tensor) -> Recipe | None:
-    recipe = getattr(x, "_p2pfast_recipe", None)
-    if recipe is None or recipe.version != x._version:
-        return None
-    found: Recipe = recipe
-    return found
 
 
 def _composed(
