@@ -175,7 +175,7 @@ def convolution_size(chain: Chain) -> tuple[int, int, int]:
     return kernel[0], stride[0], multiplications
 
 
-class _JoinStep:
+class JoinStep:
     """A concatenation and its activation as one call of ``p2pfast.ops.conv_norm_act.join``."""
 
     def __init__(self, found: Join) -> None:
@@ -217,7 +217,7 @@ class Program:
                 self.steps.append(_Step(node.name, step))
                 needed.append([n for part in chains[node].nodes for n in part.all_input_nodes])
             elif node in joins:
-                self.steps.append(_Step(node.name, _JoinStep(joins[node])))
+                self.steps.append(_Step(node.name, JoinStep(joins[node])))
                 needed.append(joins[node].parts)
             elif node not in inside:
                 self.steps.append(self._foreign(node, finder))

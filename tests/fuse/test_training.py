@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import p2pfast
 from p2pfast.fuse import training
+from p2pfast.fuse.steps import JoinStep
 from p2pfast.fuse.trial import Trial
 from p2pfast.ops import measured
 
@@ -225,6 +226,27 @@ def test_training_with_loss_scaling_goes_the_same_way() -> None:
             losses[-1].append(loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_skip_connections_are_joined_with_the_activation_behind_them(inplace: bool) -> None:
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = block(3, 8), block(8, 8), block(16, 8)
+            self.last = nn.Conv2d(11, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.a(x)
+            y = self.c(F.relu(torch.cat([a, self.b(a)], 1), inplace=inplace))
+            return self.last(torch.cat((x, y), dim=-3))
+
+    net = Skip()
+    fast = p2pfast.optimize(net, mode="train")
+    check(fast, net, X)
+    engine: Any = next(iter(fast.__dict__["_p2pfast"].trainers.values()))
+    joins = [step.call for step in engine.last.steps if isinstance(step.call, JoinStep)]
+    assert [join.act[0] for join in joins] == ["relu", "none"]
 
 
 def test_copies_train_on_their_own() -> None:
