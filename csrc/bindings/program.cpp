@@ -157,8 +157,10 @@ ConvStep read_conv_step(int algorithm, const py::dict& dict) {
         "out_uniform needs uniform and the algorithm winograd, winograd2 or winograd6");
   bool complete = a.out.data && a.workspace && (a.partial == nullptr) == (a.count == nullptr);
   for (int i = 0; i < a.sources; ++i) complete = complete && a.source[i].data;
-  complete =
-      complete && (conv_kernel(step.algorithm).packed_floats(a) ? a.packed != nullptr : a.weight != nullptr);
+  const bool sorts =
+      step.algorithm == ConvAlgorithm::kStreamed || step.algorithm == ConvAlgorithm::kStreamed2;
+  const bool packs = conv_kernel(step.algorithm).packed_floats(a) > 0;
+  complete = complete && ((packs && a.packed) || ((sorts || !packs) && a.weight));
   if (!complete)
     throw std::invalid_argument(
         "data, out, workspace, the packed weights (or weight) and partial with count need an address");

@@ -63,7 +63,7 @@ struct ConvArgs {
   DType weight_dtype;
   Packed packed_dtype;  // thin kernels keep float32
   int64_t weight_out_stride, weight_in_stride;
-  const float* packed;  // what pack() wrote, or null where the algorithm takes raw weights
+  const float* packed;  // what pack() wrote; may be null where the algorithm only sorts weights
   const float* bias;    // out_channels values or null
   Output out;
   Act act;
@@ -87,7 +87,7 @@ enum class ConvAlgorithm : int32_t {
   kDirect = 0,     // implicit GEMM; packed weights
   kWinograd = 1,   // blocks of tiles, transformed weights packed once
   kWinograd2 = 2,  // the same with two outputs a tile and dimension (3x3 stride 1)
-  kStreamed = 3,   // Winograd, weights transformed on the fly; for few tiles and many channels
+  kStreamed = 3,   // all tiles at once, sorted weights transformed on the fly: few tiles, many channels
   kStreamed2 = 4,
   kThin = 5,       // few output channels: taps folded into columns
   kWinograd6 = 6,  // blocks of tiles with six outputs a dimension (3x3 stride 1)

@@ -48,57 +48,65 @@ struct Winograd {
 
   // --- weights ---------------------------------------------------------------------------------
 
-  // Transforms input channels [k0, k0 + count) of output channels [c, c + vectors * kLanes) into the panel
-  // u + point * point_stride. count is at most kStage.
-  template <class W, class U>
-  void transform_weights(int k0, int count, int c, int vectors, U* u, int64_t point_stride) const {
+  // Copies input channels [k0, k0 + count) of output channels [c, c + vectors * kLanes) to
+  // to[channel][tap][column]. Output channels lie far apart in memory, often a power of two.
+  template <class W, class T>
+  void sort_weights(int k0, int count, int c, int vectors, T* to) const {
     const W* weight = static_cast<const W*>(args.weight);
-    for (int v = 0; v < vectors; ++v) {
-      const int first = c + v * kLanes;
-      const int valid = max2(0, min2(kLanes, args.out_channels - first));
-      // Copied first, one output channel after the other: they lie a power of two apart in memory,
-      // where reading them side by side would use a single set of the cache.
-      alignas(64) float stage[kStage * kTaps2 * kLanes];
-      if (valid < kLanes) std::memset(stage, 0, sizeof(stage));
-      for (int l = 0; l < valid; ++l) {
-        const W* w = weight + (first + l) * args.weight_out_stride + k0 * args.weight_in_stride;
-        float* to = stage + l;
-        for (int k = 0; k < count; ++k, w += args.weight_in_stride) {
-#pragma GCC unroll 16
-          for (int t = 0; t < kTaps2; ++t, to += kLanes) *to = to_float(w[t]);
-        }
+    const int width = vectors * kLanes;
+    for (int column = 0; column < width; ++column) {
+      T* at = to + column;
+      if (c + column >= args.out_channels) {
+        for (int i = 0; i < count * kTaps2; ++i, at += width) put(at, 0.0f);
+        continue;
       }
-      for (int k = 0; k < count; ++k) {
-        const float* from = stage + k * kTaps2 * kLanes;
-        Vec taps[kTaps2], half[S::kPoints * S::kTaps];
+      const W* w = weight + (c + column) * args.weight_out_stride + k0 * args.weight_in_stride;
+      for (int k = 0; k < count; ++k, w += args.weight_in_stride) {
 #pragma GCC unroll 16
-        for (int t = 0; t < kTaps2; ++t) taps[t] = load(from + t * kLanes);
-#pragma GCC unroll 4
-        for (int x = 0; x < S::kTaps; ++x)
-          apply_matrix<Weights, S::kPoints, S::kTaps>(taps + x, S::kTaps, half + x, S::kTaps);
-#pragma GCC unroll 10
-        for (int i = 0; i < S::kPoints; ++i) {
-          Vec row[S::kPoints];
-          apply_matrix<Weights, S::kPoints, S::kTaps>(half + i * S::kTaps, 1, row, 1);
-#pragma GCC unroll 10
-          for (int j = 0; j < S::kPoints; ++j)
-            set_values(u + (i * S::kPoints + j) * point_stride, vectors * kLanes, k, v * kLanes, row[j]);
-        }
+        for (int t = 0; t < kTaps2; ++t, at += width) put(at, to_float(w[t]));
       }
     }
   }
-  static constexpr int kStage = 64;
+  template <class T>
+  void sort_any_weights(int k0, int count, int c, int vectors, T* to) const {
+    if (args.weight_dtype == DType::kFloat32) {
+      sort_weights<float>(k0, count, c, vectors, to);
+    } else {
+      sort_weights<bf16>(k0, count, c, vectors, to);
+    }
+  }
+
+  // Row kRow of the points of `count` sorted input channels, into u + (point of the row) * point_stride.
+  template <int kRow, class T, class U>
+  static void transform_row(const T* from, int count, int vectors, U* u, int64_t point_stride) {
+    const int width = vectors * kLanes;
+    for (int k = 0; k < count; ++k, from += kTaps2 * width) {
+      for (int v = 0; v < width; v += kLanes) {
+        Vec taps[kTaps2], half[S::kTaps], row[S::kPoints];
+#pragma GCC unroll 16
+        for (int t = 0; t < kTaps2; ++t)
+          if (S::weight(kRow, t / S::kTaps) != 0.0) taps[t] = load(from + t * width + v);
+#pragma GCC unroll 4
+        for (int x = 0; x < S::kTaps; ++x)
+          apply_matrix<WeightRow<kRow>, 1, S::kTaps>(taps + x, S::kTaps, half + x, 1);
+        apply_matrix<Weights, S::kPoints, S::kTaps>(half, 1, row, 1);
+#pragma GCC unroll 10
+        for (int j = 0; j < S::kPoints; ++j) set_values(u + j * point_stride, width, k, v, row[j]);
+      }
+    }
+  }
   struct Weights {
     static constexpr double at(int point, int tap) { return S::weight(point, tap); }
   };
-
-  template <class U>
-  void transform_any_weights(int k0, int count, int c, int vectors, U* u, int64_t point_stride) const {
-    if (args.weight_dtype == DType::kFloat32) {
-      transform_weights<float>(k0, count, c, vectors, u, point_stride);
-    } else {
-      transform_weights<bf16>(k0, count, c, vectors, u, point_stride);
-    }
+  template <int kRow>
+  struct WeightRow {
+    static constexpr double at(int, int tap) { return S::weight(kRow, tap); }
+  };
+  template <class T, class U>
+  static void transform_any_row(int row, const T* from, int count, int vectors, U* u, int64_t point_stride) {
+    unroll<S::kPoints>([&](auto i) {
+      if (row == i) transform_row<i>(from, count, vectors, u, point_stride);
+    });
   }
 
   int64_t packed_floats() const {
@@ -108,16 +116,35 @@ struct Winograd {
   // Layout: [point][panel][channel, or pair of channels][column of the panel].
   template <class U>
   void pack(U* packed) const {
-    const int64_t panels = ceil_div(out_channels, kPanel);
-    constexpr int kPart = 32;
-    const int64_t parts = ceil_div(channels, kPart);
+    const int64_t panels = ceil_div(out_channels, kPanel), parts = ceil_div(channels, kPart);
+    const int64_t point = static_cast<int64_t>(depth) * out_channels;
     parallel_for(panels * parts, [&](int64_t task, int) {
       const int c = static_cast<int>(task / parts) * kPanel, k0 = static_cast<int>(task % parts) * kPart;
-      const int vectors = panel_vectors(out_channels - c);
-      transform_any_weights(k0, min2(kPart, channels - k0), c, vectors,
-                            packed + static_cast<int64_t>(c) * depth + elements(args, k0) * vectors * kLanes,
-                            static_cast<int64_t>(depth) * out_channels);
+      const int vectors = panel_vectors(out_channels - c), count = min2(kPart, channels - k0);
+      alignas(64) float sorted[kPart * kTaps2 * kPanel];
+      sort_any_weights(k0, count, c, vectors, sorted);
+      U* to = packed + static_cast<int64_t>(c) * depth + elements(args, k0) * vectors * kLanes;
+      for (int i = 0; i < S::kPoints; ++i)
+        transform_any_row(i, sorted, count, vectors, to + i * S::kPoints * point, point);
     });
+  }
+  static constexpr int kPart = 16;  // channels, of what a thread sorts at a time
+
+  // Of driver 2: weights sorted only, [panel][channel][tap][column of the panel].
+  int64_t sorted_values() const { return static_cast<int64_t>(out_channels) * channels * kTaps2; }
+  template <class T>
+  void sort(T* to) const {
+    const int64_t panels = ceil_div(out_channels, kPanel), parts = ceil_div(channels, kPart);
+    parallel_for(panels * parts, [&](int64_t task, int) {
+      const int c = static_cast<int>(task / parts) * kPanel, k0 = static_cast<int>(task % parts) * kPart;
+      sort_panel(c, k0, min2(kPart, channels - k0), to + static_cast<int64_t>(c) * channels * kTaps2);
+    });
+  }
+  // Channels [k0, k0 + count) of the panel at output channel c, which begins at `panel`.
+  template <class T>
+  void sort_panel(int c, int k0, int count, T* panel) const {
+    const int vectors = panel_vectors(out_channels - c);
+    sort_any_weights(k0, count, c, vectors, panel + static_cast<int64_t>(k0) * kTaps2 * vectors * kLanes);
   }
 
   // --- input -----------------------------------------------------------------------------------
@@ -197,6 +224,39 @@ struct Winograd {
             gemm_panel(
                 vectors, rows, [=](int m) { return from + m * lda; }, now, sum, kPanel, k, !fresh || k0 > 0,
                 next);
+          }
+        }
+      }
+    }
+  }
+
+  // The same with sorted weights of panels [c, c + width), transformed a row of points and `chunk` elements
+  // of the depth at a time into u, where they stay in the cache.
+  template <class U, class T>
+  void multiply_sorted(const float* v, int chunk, int64_t lda, int64_t v_point, int rows, const T* sorted,
+                       int width, U* u, float* sums, int64_t sum_stride) const {
+    const int64_t u_point = spread(static_cast<int64_t>(chunk) * width);
+    for (int i = 0; i < S::kPoints; ++i) {
+      for (int k0 = 0; k0 < depth; k0 += chunk) {
+        const int k = min2(chunk, depth - k0), channel = k0 * kValues<U>;
+        const int count = min2(k * kValues<U>, channels - channel);
+        for (int c = 0; c < width; c += kPanel) {
+          const int vectors = panel_vectors(width - c);
+          transform_any_row(
+              i, sorted + (static_cast<int64_t>(c) * channels + channel * vectors * kLanes) * kTaps2, count,
+              vectors, u + c * chunk, u_point);
+        }
+        const float* points = v + static_cast<int64_t>(k0 / chunk) * kPoints2 * v_point;
+#pragma GCC unroll 1
+        for (int j = 0; j < S::kPoints; ++j) {
+          const int si = S::sum_of(i), sj = S::sum_of(j);
+          const bool fresh = si == i && sj == j && k0 == 0;
+          const auto* from = reinterpret_cast<const Factor<U>*>(points + (i * S::kPoints + j) * v_point);
+          for (int c = 0; c < width; c += kPanel) {
+            const U* now = u + j * u_point + c * chunk;
+            gemm_panel(
+                panel_vectors(width - c), rows, [=](int m) { return from + m * lda; }, now,
+                panel_of(sums, c, sum_stride) + (si * S::kSums + sj) * sum_stride, kPanel, k, !fresh, now);
           }
         }
       }
@@ -428,8 +488,9 @@ struct Winograd {
   // --- driver 2: many tiles at once, output channels among the threads ----------------------------
 
   // For maps with few tiles and many channels: the points of all tiles are kept, and a task runs a few
-  // panels of weights over them, so that weights pass by once. They are packed, or transformed by the task
-  // just before. Tiles are counted through the whole batch here; the statistics of kGroup of them are a part.
+  // panels of weights over them, so that weights pass by once: transformed ones, or (kSorted) such that the
+  // task transforms, a fraction of the memory. Tiles are counted through the whole batch here; the statistics
+  // of kGroup of them are a part.
   static constexpr int kGroup = 48;
   static constexpr int kPass = 144;
   int64_t all_tiles() const { return args.images * tiles; }
@@ -437,63 +498,73 @@ struct Winograd {
     return min2<int64_t>(all_tiles(), round_up(args.block > 0 ? args.block : kPass, kGroup));
   }
   int64_t stream_parts() const { return ceil_div(all_tiles(), kGroup); }
-  // The input's points are kept in chunks of kDepth elements, so that each product reads them in order.
-  int64_t stream_lda() const { return spread(min2(depth, kDepth)); }
-  int64_t stream_point() const { return spread(pass_tiles() * stream_lda()); }
-  // Rows of one product: packed weights are used once, so all tiles of the pass have to be there.
-  template <bool kPacked>
-  int64_t stream_rows() const {
-    return kPacked ? min2<int64_t>(pass_tiles(), kPass) : kGroup;
+  // The input's points are kept in chunks of the depth, so that each product reads them in order. Sorted
+  // weights of 4x4 kernels are long, and so are their rows of points: shorter chunks stay in the cache.
+  template <bool kSorted>
+  static constexpr int stream_chunk() {
+    return kSorted && S::kTaps == 4 ? kDepth / 2 : kDepth;
+  }
+  template <bool kSorted>
+  int64_t stream_lda() const {
+    return spread(min2(depth, stream_chunk<kSorted>()));
+  }
+  template <bool kSorted>
+  int64_t stream_point() const {
+    return spread(pass_tiles() * stream_lda<kSorted>());
   }
   // Output channels of a task, fewer where the threads would not have enough tasks.
-  template <bool kPacked>
+  template <bool kSorted>
   int stream_width(int threads) const {
-    if (!kPacked) return kPanel;
-    int width = block_group();
-    while (width > kPanel && ceil_div(out_channels, width) < 2 * threads) width -= kPanel;
+    int width = kSorted ? max2(kPanel, min2(kSortedWidth, out_channels / kPanel * kPanel)) : block_group();
+    while (width > kPanel && ceil_div(out_channels, width) < 4 * threads) width -= kPanel;
     return width;
   }
+  static constexpr int kSortedWidth = 32;
 
   struct StreamScratch {
-    float *window, *u, *sums;
+    float *window, *sorted, *u, *sums;
   };
-  template <bool kPacked>
+  template <bool kSorted>
   StreamScratch carve_stream(Carver& carver) const {
-    const int64_t u = kPacked ? 0 : kPoints2 * spread(static_cast<int64_t>(depth) * kPanel);
-    const int64_t panels = kPacked ? ceil_div(block_group(), kPanel) : 1;
-    return {carver.floats(kGatherFloats), carver.floats(u),
-            carver.floats(panels * kSums2 * sum_stride(stream_rows<kPacked>()))};
+    const int64_t width = kSorted ? max2(kPanel, kSortedWidth) : round_up(block_group(), kPanel);
+    const int64_t u = kSorted ? S::kPoints * spread(stream_chunk<kSorted>() * width) : 0;
+    const int64_t sorted = kSorted ? width * channels * kTaps2 : 0;
+    return {carver.floats(kGatherFloats), carver.floats(sorted), carver.floats(u),
+            carver.floats(width / kPanel * kSums2 * sum_stride(pass_tiles()))};
   }
-  int64_t v_floats() const { return ceil_div(depth, kDepth) * kPoints2 * stream_point() + kLanes; }
-  template <bool kPacked>
+  template <bool kSorted>
+  int64_t v_floats() const {
+    return ceil_div(depth, stream_chunk<kSorted>()) * kPoints2 * stream_point<kSorted>() + kLanes;
+  }
+  template <bool kSorted>
   int64_t stream_workspace(int threads) const {
     Carver shared{nullptr}, own{nullptr};
-    shared.floats(v_floats());
-    carve_stream<kPacked>(own);
+    shared.floats(v_floats<kSorted>());
+    carve_stream<kSorted>(own);
     return shared.used + own.used * threads;
   }
 
-  template <bool kPacked>
+  template <bool kSorted>
   void run_stream() const {
     // A part may hold no tile of some image: its count stays zero.
     if (args.partial) std::memset(args.count, 0, sizeof(float) * args.images * stream_parts());
     Carver shared{static_cast<char*>(args.workspace)};
-    float* const v = shared.floats(v_floats());
+    float* const v = shared.floats(v_floats<kSorted>());
     Carver measure{nullptr};
-    carve_stream<kPacked>(measure);
-    const int64_t share = measure.used, lda = stream_lda(), v_stride = stream_point();
+    carve_stream<kSorted>(measure);
+    const int64_t share = measure.used, lda = stream_lda<kSorted>(), v_stride = stream_point<kSorted>();
     auto own = [&](int worker) {
       Carver carver{static_cast<char*>(args.workspace) + shared.used + worker * share};
-      return carve_stream<kPacked>(carver);
+      return carve_stream<kSorted>(carver);
     };
     // Where the points of channel c begin.
     auto points = [&](int c) {
       const int64_t k = elements(args, c);
-      return v + k / kDepth * kPoints2 * v_stride + k % kDepth;
+      constexpr int kChunkDepth = stream_chunk<kSorted>();
+      return v + k / kChunkDepth * kPoints2 * v_stride + k % kChunkDepth;
     };
-    const int64_t chunks = ceil_div(channels, kChunk);
-    const int64_t rows = stream_rows<kPacked>(), sums_stride = sum_stride(rows);
-    const int task_width = stream_width<kPacked>(p2pfast::num_threads());
+    const int64_t chunks = ceil_div(channels, kChunk), sums_stride = sum_stride(pass_tiles());
+    const int task_width = stream_width<kSorted>(p2pfast::num_threads());
     for (int64_t begin = 0; begin < all_tiles(); begin += pass_tiles()) {
       const int64_t end = min2(all_tiles(), begin + pass_tiles());
       parallel_for(ceil_div(end - begin, kPiece) * chunks, [&](int64_t task, int worker) {
@@ -510,42 +581,51 @@ struct Winograd {
       parallel_for(ceil_div(out_channels, task_width), [&](int64_t task, int worker) {
         const StreamScratch scratch = own(worker);
         const int c = static_cast<int>(task) * task_width, width = min2(task_width, out_channels - c);
-        const int64_t u_point = spread(static_cast<int64_t>(depth) * width);
-        if constexpr (!kPacked) {
-          with_transformed(scratch.u, [&](auto* u) {
-            for (int k0 = 0; k0 < channels; k0 += kStage)
-              transform_any_weights(k0, min2(kStage, channels - k0), c, width / kLanes,
-                                    u + elements(args, k0) * width, u_point);
+        const int count = static_cast<int>(end - begin);
+        if constexpr (kSorted) {
+          with_sorted(scratch.sorted, c, width, [&](const auto* sorted) {
+            with_transformed(scratch.u, [&](auto* u) {
+              multiply_sorted(v, stream_chunk<true>(), lda, v_stride, count, sorted, width, u, scratch.sums,
+                              sums_stride);
+            });
+          });
+        } else {
+          with_packed(args, [&]<class U>() {
+            multiply(v, kPoints2 * v_stride, lda, v_stride, count,
+                     reinterpret_cast<const U*>(args.packed) + static_cast<int64_t>(c) * depth,
+                     static_cast<int64_t>(depth) * out_channels, width, scratch.sums, sums_stride);
           });
         }
-        for (int64_t from = begin; from < end; from += rows) {
-          const int count = static_cast<int>(min2(rows, end - from));
-          auto run = [&](const auto* u, int64_t point) {
-            multiply(v + (from - begin) * lda, kPoints2 * v_stride, lda, v_stride, count, u, point, width,
-                     scratch.sums, sums_stride);
-          };
-          if constexpr (kPacked) {
-            with_packed(args, [&]<class U>() {
-              run(reinterpret_cast<const U*>(args.packed) + static_cast<int64_t>(c) * depth,
-                  static_cast<int64_t>(depth) * out_channels);
-            });
-          } else {
-            with_transformed(scratch.u, [&](auto* u) { run(u, u_point); });
-          }
-          for (int64_t part = from; part < from + count; part += kGroup) {
-            for_images(part, min2(part + kGroup, from + count),
-                       [&](int64_t image, int64_t first, int64_t n, int64_t at) {
-                         store_any_tiles(image, first, static_cast<int>(n), c, width,
-                                         scratch.sums + (part - from + at) * kPanel, sums_stride,
-                                         part / kGroup, stream_parts());
-                       });
-          }
+        for (int64_t part = begin; part < end; part += kGroup) {
+          for_images(part, min2(part + kGroup, end),
+                     [&](int64_t image, int64_t first, int64_t n, int64_t at) {
+                       store_any_tiles(image, first, static_cast<int>(n), c, width,
+                                       scratch.sums + (part - begin + at) * kPanel, sums_stride,
+                                       part / kGroup, stream_parts());
+                     });
         }
       });
     }
   }
 
-  // Calls f with weights transformed on the fly as what they are.
+  // Calls f with the sorted weights of panels [c, c + width): kept ones, or sorted now.
+  template <class F>
+  void with_sorted(float* scratch, int c, int width, F&& f) const {
+    const int64_t first = static_cast<int64_t>(c) * channels * kTaps2;
+    if (!args.packed) {
+      for (int panel = 0; panel < width; panel += kPanel)
+        for (int k0 = 0; k0 < channels; k0 += kPart)
+          sort_panel(c + panel, k0, min2(kPart, channels - k0),
+                     scratch + static_cast<int64_t>(panel) * channels * kTaps2);
+      f(static_cast<const float*>(scratch));
+    } else if (args.packed_dtype == Packed::kFloat32) {
+      f(args.packed + first);
+    } else {
+      f(reinterpret_cast<const bf16*>(args.packed) + first);
+    }
+  }
+
+  // Calls f with the place of transformed weights as what they become.
   template <class F>
   void with_transformed(float* u, F&& f) const {
     if (args.packed_dtype == Packed::kPairs) {
@@ -638,7 +718,7 @@ constexpr ConvKernel packed_winograd() {
             return with_scheme<kOut>(args, [&]<class S>() {
               const Winograd<S> w{args};
               if (args.uniform) return Skipping<S>{args}.workspace(threads);
-              return args.block ? w.block_workspace(threads) : w.template stream_workspace<true>(threads);
+              return args.block ? w.block_workspace(threads) : w.template stream_workspace<false>(threads);
             });
           },
           [](const ConvArgs& args) {
@@ -653,26 +733,38 @@ constexpr ConvKernel packed_winograd() {
             with_scheme<kOut>(args, [&]<class S>() {
               const Winograd<S> w{args};
               if (args.uniform) return Skipping<S>{args}.run();
-              args.block ? w.run_blocks() : w.template run_stream<true>();
+              args.block ? w.run_blocks() : w.template run_stream<false>();
             });
           }};
 }
 
+// Sorted weights, kept or not, and float32 or bfloat16.
 template <int kOut>
 constexpr ConvKernel streamed_winograd() {
   return {winograd_refuses<kOut>,
-          [](const ConvArgs&) { return int64_t{0}; },
-          [](const ConvArgs&, float*) {},
+          [](const ConvArgs& args) {
+            return with_scheme<kOut>(args, [&]<class S>() {
+              const int64_t values = Winograd<S>{args}.sorted_values();
+              return args.packed_dtype == Packed::kFloat32 ? values : ceil_div(values, 2);
+            });
+          },
+          [](const ConvArgs& args, float* packed) {
+            with_scheme<kOut>(args, [&]<class S>() {
+              const Winograd<S> w{args};
+              args.packed_dtype == Packed::kFloat32 ? w.sort(packed)
+                                                    : w.sort(reinterpret_cast<bf16*>(packed));
+            });
+          },
           [](const ConvArgs& args, int threads) {
             return with_scheme<kOut>(
-                args, [&]<class S>() { return Winograd<S>{args}.template stream_workspace<false>(threads); });
+                args, [&]<class S>() { return Winograd<S>{args}.template stream_workspace<true>(threads); });
           },
           [](const ConvArgs& args) {
             return with_scheme<kOut>(args, [&]<class S>() { return Winograd<S>{args}.stream_parts(); });
           },
           multiplications<kOut>,
           [](const ConvArgs& args) {
-            with_scheme<kOut>(args, [&]<class S>() { Winograd<S>{args}.template run_stream<false>(); });
+            with_scheme<kOut>(args, [&]<class S>() { Winograd<S>{args}.template run_stream<true>(); });
           }};
 }
 

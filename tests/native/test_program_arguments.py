@@ -139,7 +139,7 @@ bad(
     {"unknown": 1},
 )
 bad("winograd", conv(1), CONV, {"packed": 0}, {"count": 0}, {"stride": 3, "out_height": 3, "out_width": 3})
-bad("streamed", conv(3), CONV, {"weight": 0}, {"count": 0}, {"kernel_w": 5})
+bad("streamed", conv(3), CONV, {"weight": 0, "packed": 0}, {"count": 0}, {"kernel_w": 5})
 bad("thin", conv(5), CONV, {}, {"out_channels": 3})
 bad("algorithm", conv(len(ALGORITHMS)), CONV, {})
 bad("algorithm", conv(-1), CONV, {})

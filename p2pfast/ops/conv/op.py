@@ -346,11 +346,13 @@ def run_conv(
     }
     use_torch_threads()
     number, info = _choose(algorithm, call)
-    packed = scratch(4 * info["packed_floats"], 1)
     workspace = scratch(info["workspace_bytes"])
-    if info["packed_floats"]:
+    # Weights that are only sorted beforehand are better sorted on the way, if they are used once.
+    if info["packed_floats"] and not ALGORITHMS[number].startswith("streamed"):
+        packed = scratch(4 * info["packed_floats"], 1)
         _C.conv_pack(number, call, packed.data_ptr())
-    _C.run_conv(number, {**call, "packed": packed.data_ptr(), "workspace": workspace.data_ptr()})
+        call["packed"] = packed.data_ptr()
+    _C.run_conv(number, {**call, "workspace": workspace.data_ptr()})
     return out
 
 
