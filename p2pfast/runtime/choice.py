@@ -37,7 +37,10 @@ _PAIRS_SPEEDUP = 1.8
 _TUNING_MULTIPLICATIONS = 1.2e9  # of one timed run, as a convolution is defined
 _TUNING_CHANNELS = 256  # outputs that a run keeps at least: enough panels for every thread
 _TUNING_SECONDS = 0.15  # for repeating what is close
-_ESTIMATED_RATE = 1e11  # multiplications a second, for estimates of unmeasured choices
+_SHORT = 0.01  # seconds of a timed run whose first time says little
+# For estimates of unmeasured choices: multiplications a second, and bytes of weights that come from memory.
+_ESTIMATED_RATE = 1e11
+_ESTIMATED_BANDWIDTH = 1.5e10
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,8 @@ def _candidates(args: dict[str, Any], narrow: tuple[int, ...], thin_only: bool) 
             info = _C.conv_info(algorithm, {**args, **parameters_of(choice, narrow)})
             if info["refuses"] is None:
                 rate = _EFFICIENCY[algorithm] * _ESTIMATED_RATE * (_PAIRS_SPEEDUP if pairs else 1)
-                seconds, packed = info["multiplications"] / rate, info["packed_floats"] * 4
+                packed = info["packed_floats"] * 4
+                seconds = info["multiplications"] / rate + packed / _ESTIMATED_BANDWIDTH
                 found.append(replace(choice, seconds=seconds, packed=packed))
     return sorted(found, key=lambda c: c.seconds)
 
@@ -292,6 +296,11 @@ def _shortened(args: dict[str, Any]) -> tuple[dict[str, Any], float]:
     return short, kept
 
 
+def _pass_over(block: torch.Tensor) -> None:
+    """Reads it all, by this thread: PyTorch's others would go on spinning beside the run that is timed."""
+    block.view(torch.uint8).numpy().max()
+
+
 class _Memory:
     """Memory of timed runs, made once for all candidates. Ones: denormals and NaN would distort the time."""
 
@@ -310,13 +319,13 @@ class _Memory:
         """Empties the caches of weights, which a network's other layers would have pushed out."""
         if "cold" not in self.blocks:
             self.blocks["cold"] = torch.ones(12 << 20)
-        self.blocks["cold"].sum()
+        _pass_over(self.blocks["cold"])
 
     def touch(self, name: str) -> None:
         """Brings into the caches what the layer before would have left there."""
         for key, block in self.blocks.items():
             if key.startswith(name) and block.numel() < 4 << 20:
-                block.sum()
+                _pass_over(block)
 
     def release(self) -> None:
         self.blocks.clear()
@@ -378,7 +387,7 @@ def _measure(args: dict[str, Any], choice: Choice, best: float = float("inf"), w
         _C.run_conv(choice.algorithm, trial)
         return (time.perf_counter() - start) / share
 
-    if not warm and (seconds := run()) > 1.5 * best:
+    if not warm and (seconds := run()) > max(1.5 * best, _SHORT / share):
         return seconds
     _memory.evict()
     _memory.touch("source")
