@@ -18,6 +18,7 @@ from p2pfast.ops.conv.activation import activate, activation_code
 from p2pfast.ops.conv.op import PADDING_MODES, conv
 from p2pfast.ops.conv_norm_act.op import conv_norm_act as training_layer
 from p2pfast.ops.cuda import native
+from p2pfast.ops.gpu import on_kernels
 from p2pfast.ops.image_uint8.op import image_uint8
 from p2pfast.ops.image_uint8.reference import image_uint8_reference
 from p2pfast.ops.instance_edges.op import instance_edges
@@ -49,7 +50,8 @@ def _pair(value: Size) -> tuple[int, int]:
 
 
 def _is_image(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in _DTYPES and x.dim() == 4 and x.numel() > 0
+    native = x.dtype in _DTYPES if x.device.type == "cpu" else on_kernels(x)
+    return native and x.dim() == 4 and x.numel() > 0
 
 
 def _check_choice(name: str, value: object, known: tuple[object, ...]) -> None:
@@ -78,9 +80,13 @@ def _has_kernels(
     first = sources[0]
     if not all(_is_image(t) and t.dtype == first.dtype and t.shape[2:] == first.shape[2:] for t in sources):
         return False
-    if weight.device.type != "cpu" or weight.dtype not in _DTYPES or weight.dim() != 4 or len(sources) > 2:
+    if weight.device != first.device or weight.dim() != 4 or len(sources) > 2:
         return False
-    if weight.dtype != first.dtype and not torch.is_autocast_enabled("cpu"):
+    if not weight.is_floating_point() or weight.dtype == torch.float64:
+        return False
+    if first.device.type == "cpu" and weight.dtype not in _DTYPES:
+        return False
+    if weight.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
         return False
     if groups != 1 or dilation != (1, 1) or padding_mode not in PADDING_MODES:
         return False
@@ -112,7 +118,9 @@ def _convolved(
     transposed: bool,
 ) -> Tensor:
     shape = (stride, padding, output_padding)
-    if _has_kernels(sources, weight, *shape, padding_mode, dilation, groups, transposed):
+    # On a GPU weights would be packed in every call, for which the library does not have to wait.
+    on_cpu = weight.device.type == "cpu"
+    if on_cpu and _has_kernels(sources, weight, *shape, padding_mode, dilation, groups, transposed):
         numbers = (stride[0], padding[0], output_padding[0])
         return conv(sources, weight, bias, *numbers, transposed, padding_mode, act=act, slope=slope)
     x = sources[0] if len(sources) == 1 else torch.cat(sources, 1)
@@ -158,7 +166,7 @@ def _normalised(
         _is_image(x)
         and (values > 1 or frozen)
         and not (frozen and (running_mean is None or running_var is None))
-        and all(t is None or (t.device.type == "cpu" and t.shape == (x.shape[1],)) for t in parameters)
+        and all(t is None or (t.device == x.device and t.shape == (x.shape[1],)) for t in parameters)
         and (residual is None or (_is_image(residual) and residual.shape == x.shape))
     )
     if native:
@@ -274,7 +282,8 @@ def conv_norm_act(
             negative_slope, alpha, residual: as for :func:`instance_norm_act`, of Cout channels.
 
     Float32 and bfloat16 on the CPU run natively unless the convolution is dilated, grouped, padded circularly
-    or unevenly, or has a kernel above 16.
+    or unevenly, or has a kernel above 16. On a GPU, with float16 too, convolutions are the library's and the
+    rest Triton's.
 
     Returns:
         (N, Cout, H', W') of x's dtype; channels_last if a native kernel made it.

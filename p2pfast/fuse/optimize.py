@@ -127,7 +127,7 @@ class _State:
         self.reason: str | None = None
         self.failed: set[str] = set()
         self.engines: dict[tuple[torch.dtype, torch.dtype, torch.device], AnyEngine] = {}
-        self.trainers: dict[torch.dtype, TrainingEngine] = {}
+        self.trainers: dict[tuple[torch.dtype, torch.device], TrainingEngine] = {}
         self.engine: AnyEngine | None = None  # of the last call
         self.pieces: dict[str, tuple[nn.Module, str]] = {}
         self.source: ModuleSource | None = None
@@ -169,11 +169,9 @@ class _State:
         if self.source is None:
             self.source = ModuleSource(self.plain)
         if self._trains():
-            if device.type != "cpu":
-                raise CannotRun(f"mode='train': on {device} training runs in PyTorch")
-            if native not in self.trainers:
-                self.trainers[native] = TrainingEngine(self.source, native, self._add_piece)
-            return self.trainers[native]
+            if (native, device) not in self.trainers:
+                self.trainers[native, device] = TrainingEngine(self.source, native, device, self._add_piece)
+            return self.trainers[native, device]
         key = (dtype, native, device)
         if key not in self.engines:
             if on_gpu:
@@ -276,7 +274,8 @@ class _State:
         dtype = self.options["dtype"]
         if dtype is None or not self._trains() or dtype == getattr(self._parameter(), "dtype", dtype):
             return contextlib.nullcontext()
-        return torch.autocast("cpu", dtype)
+        parameter = self._parameter()
+        return torch.autocast("cpu" if parameter is None else parameter.device.type, dtype)
 
     def _check_dtypes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         parameter = self._parameter()

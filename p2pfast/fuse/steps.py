@@ -53,7 +53,8 @@ def _placed(tensor: Tensor, like: Tensor) -> Tensor:
         return tensor.contiguous()
     if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
         return tensor.contiguous(memory_format=torch.channels_last)
-    return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype).copy_(tensor)
+    made = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device)
+    return made.copy_(tensor)
 
 
 @dataclass
@@ -95,7 +96,8 @@ class _ChainStep:
             # The same kernels as with gradients: a pass that is repeated gives the same to the last bit.
             with torch.enable_grad():
                 result = self._run(values).detach()
-        self.report.seconds = time.perf_counter() - start
+        if result.device.type == "cpu":  # a GPU has only been told what to do
+            self.report.seconds = time.perf_counter() - start
         return result
 
     def _run(self, values: dict[str, Any]) -> Tensor:

@@ -22,17 +22,21 @@ _NATIVE = ((3, 1), (3, 2), (4, 2))  # kernels and strides
 
 
 class TrainingEngine:
-    """Runs ``source`` with gradients; ``native`` is the dtype of its parameters, ``on_piece(path, module,
-    reason)`` is called for each submodule that runs whole.
+    """Runs ``source`` with gradients; ``native`` is the dtype of its parameters, ``device`` where they are,
+    and ``on_piece(path, module, reason)`` is called for each submodule that runs whole.
 
     A network's first call tries the ways to run it: as it is, and with its chains as steps, on images in the
     given layout or in channels_last. What is fastest forward and backward is remembered on disk.
     """
 
     def __init__(
-        self, source: ModuleSource, native: torch.dtype, on_piece: Callable[[str, nn.Module, str], None]
+        self,
+        source: ModuleSource,
+        native: torch.dtype,
+        device: torch.device,
+        on_piece: Callable[[str, nn.Module, str], None],
     ) -> None:
-        self.source, self.native, self.on_piece = source, native, on_piece
+        self.source, self.native, self.device, self.on_piece = source, native, device, on_piece
         self.lock = threading.RLock()
         self.programs: dict[Any, Program] = {}
         self.ways: dict[Any, str] = {}
@@ -49,10 +53,11 @@ class TrainingEngine:
             raise CannotRun("torch.func transforms it")
         if torch.autograd.forward_ad._current_level >= 0:
             raise CannotRun("forward-mode derivatives are taken")
-        key, tensors, arguments = self.source.bind(args, kwargs)
-        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        key, tensors, arguments = self.source.bind(args, kwargs, self.device)
+        kind = self.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         # Without gradients a network runs in the same way, and computes the same numbers.
-        state = (autocast, torch.get_num_threads())
+        state = (autocast, torch.get_num_threads(), kind)
         tensors = [value.dense(self.native) if isinstance(value, LabelMap) else value for value in tensors]
         program_key = (key, state, torch.is_grad_enabled())
         program = self.programs.get(program_key)
@@ -89,7 +94,7 @@ class TrainingEngine:
             return Program(captured, MODULES)
         if kind not in self.ways:
             likely = [CHAINS, CHANNELS_LAST]
-            if not _suits_channels_last(chains):
+            if self.device.type == "cpu" and not _suits_channels_last(chains):
                 likely.reverse()
             self.ways[kind] = Trial(captured, tensors).fastest([MODULES, *likely])
         way = self.ways[kind]

@@ -29,11 +29,23 @@ def would_be_seen(captured: Captured) -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
+def _gpu(captured: Captured, tensors: list[Any]) -> torch.device | None:
+    """The CUDA device that a network runs on, if it does."""
+    for value in (*captured.root.parameters(), *tensors):
+        if isinstance(value, Tensor) and value.is_cuda:
+            return value.device
+    return None
+
+
 def signature(captured: Captured, tensors: list[Any]) -> str:
     """A network, its shapes and what is differentiated, as another process would name them too."""
     words: list[str] = []
-    if torch.is_autocast_enabled("cpu"):
-        words.append(str(torch.get_autocast_dtype("cpu")))
+    gpu = _gpu(captured, tensors)
+    kind = "cpu" if gpu is None else "cuda"
+    if torch.is_autocast_enabled(kind):
+        words.append(str(torch.get_autocast_dtype(kind)))
+    if gpu is not None:
+        words += [torch.cuda.get_device_name(gpu), str(torch.backends.cudnn.version())]
     for node in captured.traced.graph.nodes:
         value = node.meta.get("val")
         shape = (tuple(value.shape), value.stride(), value.dtype) if isinstance(value, Tensor) else None
@@ -52,11 +64,14 @@ def unmarked(captured: Captured) -> Iterator[None]:
     held = [*captured.root.buffers(), *(derived.fetch() for derived in captured.state.values())]
     buffers = [b for b in held if isinstance(b, Tensor) and not b.requires_grad]
     kept = [(buffer, buffer.clone()) for buffer in buffers]
-    state = torch.get_rng_state()
+    state, gpu = torch.get_rng_state(), _gpu(captured, [])
+    of_gpu = None if gpu is None else torch.cuda.get_rng_state(gpu)
     try:
         yield
     finally:
         torch.set_rng_state(state)
+        if gpu is not None and of_gpu is not None:
+            torch.cuda.set_rng_state(of_gpu, gpu)
         with torch.no_grad():
             for buffer, before in kept:
                 buffer.copy_(before)
@@ -98,11 +113,15 @@ class Trial:
         runs = [self._run(way) for way in ways]
         words = signature(self.captured, self.tensors)
         with unmarked(self.captured), torch.enable_grad():
-            return measured.pick(("training", words), *runs, seconds=_SECONDS)
+            try:
+                return measured.pick(("training", words), *runs, seconds=_SECONDS)
+            except torch.OutOfMemoryError:  # one of the ways needs more than there is
+                return ways[-1]
 
     def _run(self, way: str) -> Callable[[], None]:
         parameters = [p for p in self.captured.root.parameters() if p.requires_grad]
         made: list[Program] = []
+        gpu = _gpu(self.captured, self.tensors)
 
         def run() -> None:
             if not made:
@@ -114,6 +133,8 @@ class Trial:
             if outputs:
                 ones = [torch.ones_like(t) for t in outputs]
                 torch.autograd.grad(outputs, [*parameters, *leaves], ones, allow_unused=True)
+            if gpu is not None:
+                torch.cuda.synchronize(gpu)  # so that a clock on the host tells its time
 
         run.__name__ = way
         return run

@@ -1,4 +1,7 @@
-"""A training convolution and its gradients, by PyTorch or by the native kernels: what measures faster."""
+"""A training convolution and its gradients, by PyTorch or by the native kernels: what measures faster.
+
+On a GPU they are the library's (cuDNN), in channels_last; nothing is measured here.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +52,8 @@ def _algorithms(x: Tensor, weight: Tensor, g: Geometry, outputs: int, pixels: in
     """The native algorithms worth a try for a convolution of x with zero padding ``g.padding`` or another
     mode, to ``outputs`` channels of ``pixels`` pixels in the batch; the safest choice last."""
     kernel, channels = tuple(weight.shape[2:]), x.shape[1]
+    if x.device.type != "cpu":
+        return []
     if not _channels_last(x) or x.dtype != weight.dtype or max(kernel) > _LARGEST_KERNEL:
         return []
     if g.transposed and (g.stride > _LARGEST_UP_STRIDE or g.padding >= min(kernel)):
@@ -137,12 +142,15 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry)
         return native_weight_gradient(still, windows, kernel, g.stride, g.padding, g.padding_mode, algorithm)
 
     names = _weight_algorithms(grad, x, weight, g)
-    ways = [library] if not (_channels_last(grad) or _channels_last(x)) else [library, planes]
+    planar = grad.device.type != "cpu" or not (_channels_last(grad) or _channels_last(x))
+    ways = [library] if planar else [library, planes]
     return _fastest(_key("weight", grad, weight, g), ways, names, native)
 
 
 def _weight_algorithms(grad: Tensor, x: Tensor, weight: Tensor, g: Geometry) -> list[str]:
     """As ``_algorithms``."""
+    if grad.device.type != "cpu":
+        return []
     if not (_channels_last(grad) and _channels_last(x)) or not grad.dtype == x.dtype == weight.dtype:
         return []
     kernel = tuple(weight.shape[2:])
@@ -196,6 +204,10 @@ def data_gradient(grad: Tensor, size: torch.Size, weight: Tensor, geometry: Geom
         return _library_backward(of, source, weight, g, 0)
 
     def library() -> Tensor:
+        if grad.device.type != "cpu":
+            # Of the input it reads the shape alone; the layout it takes from the weight.
+            like = weight.contiguous(memory_format=torch.channels_last)
+            return _library_backward(grad, grad.new_empty(1).expand(shape), like, g, 0)
         return backward(grad, _channels_last(grad) and not grad.is_contiguous())
 
     def planes() -> Tensor:

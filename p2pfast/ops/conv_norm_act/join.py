@@ -11,6 +11,11 @@ from p2pfast.ops.conv_norm_act.recipe import Itself, JoinedRecipe, joined, recip
 from p2pfast.ops.gradients import activation_gradient, from_output
 from p2pfast.ops.threads import use_torch_threads
 
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
 
 def join(tensors: Sequence[Tensor], act: str = "none", slope: float = 0.0) -> Tensor:
     """``act(torch.cat(tensors, 1))``, a U-Net's skip connection, that is not kept for the backward pass.
@@ -37,10 +42,11 @@ def join(tensors: Sequence[Tensor], act: str = "none", slope: float = 0.0) -> Te
     grows = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     kind = first.device, first.dtype, first.shape[:1], first.shape[2:]
     alike = all((t.device, t.dtype, t.shape[:1], t.shape[2:]) == kind and t.dim() == 4 for t in tensors)
-    native = first.device.type == "cpu" and first.dtype in (torch.float32, torch.bfloat16)
+    native = first.dtype in _DTYPES.get(first.device.type, ())
     if torch.compiler.is_compiling() or not (grows and alike and native and from_output(act, slope)):
         return activate(torch.cat(tensors, 1), act, slope)
-    recipe = JoinedRecipe([recipe_of(t) or Itself(t.detach(), t._version) for t in tensors], act, slope)
+    made = [recipe_of(t) or Itself(t.detach(), t._version) for t in tensors]
+    recipe = JoinedRecipe(made, act, slope, first.device.type)
     with torch.autograd.graph.saved_tensors_hooks(lambda _: recipe, lambda kept: kept.take()):
         result: Tensor = _Join.apply(act, slope, *tensors)
     recipe.version = result._version

@@ -14,7 +14,7 @@ from p2pfast.ops.conv_norm_act.pad import padded
 from p2pfast.ops.conv_norm_act.recipe import NormRecipe, kept_as_recipes, recipe_of, versions
 from p2pfast.ops.conv_norm_act.reference import conv_norm_act_reference, update_running
 from p2pfast.ops.gradients import activation_gradient, from_output
-from p2pfast.ops.norm_act.op import is_native, norm_act, norm_act_backward
+from p2pfast.ops.norm_act.op import is_fused, norm_act, norm_act_backward
 
 NORMS = ("none", "instance", "batch")
 
@@ -88,8 +88,9 @@ def conv_norm_act(
 
     Kept for the backward pass are the raw convolution output and the statistics. The input is not, where it
     came out of a layer like this one: it is made again from what that layer keeps. float32 and bfloat16 on
-    the CPU; other dtypes, devices and gelu, and everything under torch.compile, run the same through
-    PyTorch's autograd. Under autocast the convolution's operands are lowered, statistics stay float32.
+    the CPU, and float16 too on a GPU, where convolutions and their gradients are the library's (cuDNN) and
+    the norm's passes Triton's. Other dtypes, gelu on the CPU, and everything under torch.compile run the same
+    through PyTorch's autograd. Under autocast the convolution's operands are lowered, statistics are not.
 
     Args:
         x: (N, C, H, W). The fused path takes it as channels_last (a copy, if it is not).
@@ -128,16 +129,17 @@ def conv_norm_act(
     options = _Options(geometry, norm, eps, use_running, act, slope)
     statistics = (running_mean, running_var) if use_running else (None, None)
 
-    lowered = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    kind = x.device.type
+    lowered = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     recipe = recipe_of(x)
-    fused = is_native(x, act) and lowered in (torch.float32, torch.bfloat16)
+    fused = is_fused(x, act) and (lowered in (torch.float32, torch.bfloat16) or kind != "cpu")
     if torch.compiler.is_compiling() or not fused:
         y, mean, variance = _composed(x, weight, bias, norm_weight, norm_bias, residual, statistics, options)
     else:
         source = x.to(lowered).contiguous(memory_format=torch.channels_last)
         if source is not x:
             recipe = None
-        with torch.autocast("cpu", enabled=False), kept_as_recipes([(source, recipe)]):
+        with torch.autocast(kind, enabled=False), kept_as_recipes([(source, recipe)]):
             y, raw, mean, variance = _ConvNormAct.apply(
                 source,
                 weight.to(lowered),
@@ -293,7 +295,7 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Through PyTorch's autograd, so that it can be differentiated again."""
     weight, bias, norm_weight, norm_bias, residual, _, mean, variance, x = ctx.saved_tensors
     inputs = [x, weight, bias, norm_weight, norm_bias, residual]
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(grad.device.type, enabled=False):
         y = ctx.options.reference(*inputs, mean, variance)
     wanted = [t for t in inputs if t is not None and t.requires_grad]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))

@@ -85,7 +85,7 @@ class NormRecipe:
                 "run the backward pass before the optimiser's step"
             )
         statistics = self.weight, self.bias, self.mean, self.variance
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.autocast(self.raw.device.type, enabled=False):
             return norm_act(self.raw, *statistics, False, self.eps, self.act, self.slope)[0]
 
 
@@ -111,6 +111,7 @@ def joined(tensors: Sequence[Tensor], act: str, slope: float) -> Tensor:
     result = torch.empty(
         (first.shape[0], sum(channels), *first.shape[2:]),
         dtype=first.dtype,
+        device=first.device,
         memory_format=torch.channels_last,
     )
     for part, x in zip(result.split(channels, 1), tensors, strict=True):
@@ -132,6 +133,7 @@ class JoinedRecipe:
     parts: list[Recipe]
     act: str
     slope: float
+    device: str  # its kind
     version: int = 0
     made: list[Tensor] = field(default_factory=list)
 
@@ -140,7 +142,7 @@ class JoinedRecipe:
         need it, that of the layer behind and the activation's."""
         if self.made:
             return self.made[0]
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.autocast(self.device, enabled=False):
             result = joined([part.make() for part in self.parts], self.act, self.slope)
         if self.act != "none":
             self.made.append(result)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -54,6 +55,34 @@ def allows_tf32() -> bool:
 @functools.cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
+
+
+@functools.cache
+def gpu_reason(index: int) -> str | None:
+    """Why the Triton kernels cannot run on a CUDA device, with the remedy; None where they can."""
+    capability = _capability(index)
+    if capability < MINIMUM_CAPABILITY:
+        return (
+            f"cuda:{index} has compute capability {capability[0]}.{capability[1]}; the GPU kernels need 8.0 "
+            "or later (Ampere): use another device"
+        )
+    return triton_reason()
+
+
+@torch.compiler.assume_constant_result
+def _usable(index: int) -> bool:
+    reason = gpu_reason(index)
+    if reason is not None:
+        warnings.warn(
+            f"p2pfast's layers run in PyTorch on cuda:{index}: {reason}", RuntimeWarning, stacklevel=3
+        )
+    return reason is None
+
+
+def on_kernels(x: Tensor) -> bool:
+    """Whether a tensor is on a CUDA device that runs the Triton kernels, of a dtype that they take; warns
+    where the device is the reason why not."""
+    return x.device.type == "cuda" and x.dtype in STORED and _usable(x.device.index or 0)
 
 
 def check_tensor(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = STORED) -> None:
