@@ -10,6 +10,7 @@ from torch import Tensor
 
 from p2pfast import _C
 from p2pfast.ops.cuda import has_kernel, launch, native, require_kernel
+from p2pfast.ops.threads import use_torch_threads
 
 # In the order of the native enumeration (csrc/cpu/pointwise_loss.h).
 LOSSES = ("logistic", "square", "hinge", "linear", "absolute_difference", "squared_difference")
@@ -93,7 +94,7 @@ def run_pointwise(
     """The weighted sum, a float32 scalar, and the gradients with respect to ``a`` (none unless wanted), which
     are to be multiplied by ``gradient_weights``. All tensors are on the CPU."""
     call = _call(loss, target, a, b, weights, gradient)
-    _C.set_num_threads(torch.get_num_threads())
+    use_torch_threads()
     _C.pointwise_loss(**call.arguments)
     return call.out, call.gradients
 
@@ -114,6 +115,54 @@ def run_pointwise_on_cuda(
     sums = torch.empty(count, dtype=torch.float64, device=call.out.device)
     launch("pointwise_loss", call.out.device, **call.arguments, workspace=sums.data_ptr())
     return call.out, call.gradients
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_direct(tensors: Sequence[Tensor]) -> bool:
+    """Whether ``DirectLoss`` does: plain CPU tensors that nobody traces or transforms."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(type(x) in _PLAIN and x.device.type == "cpu" for x in tensors)
+
+
+class DirectLoss(torch.autograd.Function):
+    """The loss and its backward pass without a registered operator, which takes ten times as long to call as
+    the losses of a small discriminator take to compute.
+
+    ``apply(loss, target, weights, reference, pairs, *a, *b)``: as ``run_pointwise`` takes them, with as many
+    ``a``; ``reference(a)`` is the loss of ``a`` by operators that can be differentiated.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loss: str,
+        target: float,
+        weights: Sequence[float],
+        reference: Callable[[Sequence[Tensor]], Tensor],
+        pairs: int,
+        *tensors: Tensor,
+    ) -> Tensor:
+        a, b = tensors[:pairs], tensors[pairs:]
+        wanted = any(ctx.needs_input_grad)
+        out, gradients = run_pointwise(loss, target, a, b or None, weights, wanted)
+        ctx.weights, ctx.reference, ctx.pairs, ctx.given = weights, reference, pairs, len(tensors)
+        ctx.save_for_backward(*a, *gradients)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        a, gradients = ctx.saved_tensors[: ctx.pairs], ctx.saved_tensors[ctx.pairs :]
+        found: Sequence[Tensor | None]
+        if torch.is_grad_enabled():
+            found = differentiable(ctx.reference, a, upstream)
+        else:
+            found = scaled(gradients, gradient_weights(a, ctx.weights), upstream)
+        return *(None,) * 5, *found, *(None,) * (ctx.given - ctx.pairs)
 
 
 def fake_pointwise(a: Sequence[Tensor], gradient: bool) -> tuple[Tensor, list[Tensor]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from p2pfast import _C
-from p2pfast.ops.gan_loss import gan_loss, gan_loss_reference
+from p2pfast.ops.gan_loss import gan_loss, gan_loss_reference, op
 from p2pfast.ops.gan_loss.op import _gan_loss
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -95,6 +95,20 @@ def test_same_bits_with_any_number_of_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(r, results[0]) for r in results)
+
+
+def test_the_registered_operator_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain tensors take a shorter way than the operator that tracers see."""
+    results = []
+    for direct in (True, False):
+        if not direct:
+            monkeypatch.setattr(op, "is_direct", lambda tensors: False)
+        torch.manual_seed(0)
+        scales = [torch.randn(2, 1, 9, 13, requires_grad=True), torch.randn(2, 1, 4, 6, requires_grad=True)]
+        value = gan_loss(scales, "logistic", 0.9, 0.5)
+        assert ("DirectLoss" in str(value.grad_fn)) == direct
+        results.append([value, *torch.autograd.grad(value * 3.0, scales)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_gradients_of_some_scales_and_of_none() -> None:

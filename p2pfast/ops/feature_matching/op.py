@@ -8,11 +8,13 @@ from torch import Tensor
 
 from p2pfast.ops.feature_matching.reference import feature_matching_reference
 from p2pfast.ops.pointwise import (
+    DirectLoss,
     check_devices,
     differentiable,
     fake_pointwise,
     gradient_weights,
     has_native,
+    is_direct,
     run_pointwise,
     run_pointwise_on_cuda,
     scaled,
@@ -71,6 +73,15 @@ def feature_matching(
         return feature_matching_reference(fake, real, weights, squared)
     real = [y if y.dtype == x.dtype else y.float() for x, y in zip(fake, real, strict=True)]
     # A 16-bit real side of a float32 fake one was widened; the other way round the kernel does it on load.
+    if is_direct((*fake, *real)):
+        matched = real
+
+        def reference(x: Sequence[Tensor]) -> Tensor:
+            return feature_matching_reference(x, matched, weights, squared)
+
+        means = _mean_weights(fake, weights)
+        result: Tensor = DirectLoss.apply(_kind(squared), 0.0, means, reference, len(fake), *fake, *real)
+        return result
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in fake)
     return _feature_matching(fake, real, weights, squared, gradient)[0]
 

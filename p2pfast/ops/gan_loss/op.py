@@ -8,11 +8,13 @@ from torch import Tensor
 
 from p2pfast.ops.gan_loss.reference import gan_loss_reference
 from p2pfast.ops.pointwise import (
+    DirectLoss,
     check_devices,
     differentiable,
     fake_pointwise,
     gradient_weights,
     has_native,
+    is_direct,
     run_pointwise,
     run_pointwise_on_cuda,
     scaled,
@@ -60,6 +62,16 @@ def gan_loss(predictions: Sequence[Tensor], loss: str, target: float, weight: fl
     _check(predictions, loss)
     if not has_native(predictions):
         return gan_loss_reference(predictions, loss, target, weight)
+    if is_direct(predictions):
+
+        def reference(x: Sequence[Tensor]) -> Tensor:
+            return gan_loss_reference(x, loss, target, weight)
+
+        weights = _weights(predictions, weight)
+        result: Tensor = DirectLoss.apply(
+            loss, float(target), weights, reference, len(predictions), *predictions
+        )
+        return result
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in predictions)
     return _gan_loss(predictions, loss, float(target), float(weight), gradient)[0]
 
