@@ -34,9 +34,9 @@ _EFFICIENCY = (0.85, 0.7, 0.8, 0.6, 0.7, 0.5, 0.6)
 # Products of bfloat16 pairs against those of float32, where the processor has instructions for them.
 _PAIRS_SPEEDUP = 1.8
 
-_TUNING_MULTIPLICATIONS = 1.2e9  # of one timed run, as a convolution is defined
+_TUNING_MULTIPLICATIONS = 0.6e9  # of one timed run, as a convolution is defined
 _TUNING_CHANNELS = 256  # outputs that a run keeps at least: enough panels for every thread
-_TUNING_SECONDS = 0.15  # for repeating what is close
+_TUNING_SECONDS = 0.1  # for repeating what is close
 _SHORT = 0.01  # seconds of a timed run whose first time says little
 # For estimates of unmeasured choices: multiplications a second, and bytes of weights that come from memory.
 _ESTIMATED_RATE = 1e11
