@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import _StopRecomputationError
 
-from p2pfast.fuse.source import CannotFollow, CannotRun, ModuleSource
+from p2pfast.fuse.guarded import Guarded
+from p2pfast.fuse.source import CannotFollow, CannotRun, GraphSource, ModuleSource
 from p2pfast.fuse.training import TrainingEngine
 from p2pfast.labelmap import LabelMap
 from p2pfast.runtime.cpu import STORED, CpuEngine
@@ -115,6 +116,14 @@ def _densified(value: Any, dtype: torch.dtype | None) -> Any:
     return value.dense(dtype or torch.float32) if isinstance(value, LabelMap) else value
 
 
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """An argument as PyTorch takes it; those in another precision than the parameters' are theirs."""
+    value = _densified(value, dtype)
+    if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != dtype:
+        return value.to(dtype)
+    return value
+
+
 class _State:
     """What an optimised module keeps beside its parameters."""
 
@@ -128,6 +137,7 @@ class _State:
         self.failed: set[str] = set()
         self.engines: dict[tuple[torch.dtype, torch.dtype, torch.device], AnyEngine] = {}
         self.trainers: dict[tuple[torch.dtype, torch.device], TrainingEngine] = {}
+        self.guarded: dict[Any, Guarded] = {}
         self.engine: AnyEngine | None = None  # of the last call
         self.pieces: dict[str, tuple[nn.Module, str]] = {}
         self.source: ModuleSource | None = None
@@ -174,24 +184,33 @@ class _State:
             return self.trainers[native, device]
         key = (dtype, native, device)
         if key not in self.engines:
-            if on_gpu:
-                tests = gpu.on_cpu if device.type == "cpu" else None
-                self.engines[key] = gpu.CudaEngine(
-                    self.source, dtype, native, device, self._add_piece, self.memory_limit, **(tests or {})
-                )
-            else:
-                engine = CpuEngine(
-                    self.source,
-                    dtype,
-                    native,
-                    self.packed_limit,
-                    self._add_piece,
-                    self.memory_limit,
-                    self.options["accuracy"],
-                )
-                engine.may_lose &= self.options["backend"] == "auto"
-                self.engines[key] = engine
+            self.engines[key] = self._infers(self.source, *key)
         return self.engines[key]
+
+    def _infers(
+        self,
+        source: ModuleSource | GraphSource,
+        dtype: torch.dtype,
+        native: torch.dtype,
+        device: torch.device,
+    ) -> CpuEngine | gpu.CudaEngine:
+        """An engine without gradients."""
+        if self._on_gpu(device):
+            tests = gpu.on_cpu if device.type == "cpu" else None
+            return gpu.CudaEngine(
+                source, dtype, native, device, self._add_piece, self.memory_limit, **(tests or {})
+            )
+        engine = CpuEngine(
+            source,
+            dtype,
+            native,
+            self.packed_limit,
+            self._add_piece,
+            self.memory_limit,
+            self.options["accuracy"],
+        )
+        engine.may_lose &= self.options["backend"] == "auto"
+        return engine
 
     def _on_gpu(self, device: torch.device) -> bool:
         asked = self.options["backend"] == "cuda" and gpu.on_cpu is not None
@@ -256,9 +275,7 @@ class _State:
             self.engine, self.reason = engine, None
             return result
         except CannotFollow as why:
-            self._split(str(why))
-            self.reason = str(why)
-            return self._original(args, kwargs)
+            return self._follow_otherwise(why, args, kwargs)
         except CannotRun as why:
             self.reason = str(why)
             return self._original(args, kwargs)
@@ -268,6 +285,46 @@ class _State:
             raise  # a checkpoint has all that it wanted
         except Exception as error:
             return self._recover(error, args, kwargs)
+
+    def _follow_otherwise(self, why: CannotFollow, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Through TorchDynamo where that helps, or else piecewise."""
+        guarded = self._guard() if why.guardable else None
+        if guarded is None or guarded.refused is not None:
+            self._split(str(why))
+            self.reason = str(why)
+            return self._original(args, kwargs)
+        try:
+            native = getattr(self._parameter(), "dtype", torch.float32)
+            given, named = pytree.tree_map(lambda value: _cast(value, native), (args, kwargs))
+            with contextlib.nullcontext() if self._trains() else torch.no_grad(), self._precision():
+                result = guarded.run(given, named, lambda: self._original(args, kwargs))
+        except Exception as error:
+            return self._recover(error, args, kwargs)
+        if guarded.last is not None:
+            self.engine, self.reason = guarded.last.engine, guarded.last.reason
+        return result
+
+    def _guard(self) -> Guarded:
+        """The graphs for the present modes, dtypes and hooks; TorchDynamo does not guard hooks."""
+        assert self.source is not None
+        parameter = self._parameter()
+        device = torch.device("cpu") if parameter is None else parameter.device
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        trains, dtype = self._trains(), self.options["dtype"]
+        native = torch.float32 if parameter is None else parameter.dtype
+        key = (trains, autocast, native, device, self.plain.training, self.source.hooks())
+        if key not in self.guarded:
+
+            def engine(
+                source: GraphSource, held: torch.dtype, where: torch.device, _: list[torch.Tensor]
+            ) -> AnyEngine:
+                if trains:
+                    return TrainingEngine(source, held, where, self._add_piece)
+                return self._infers(source, dtype or autocast or held, held, where)
+
+            forward = _original_of(self.plain).forward
+            self.guarded[key] = Guarded(self.plain, forward, engine)
+        return self.guarded[key]
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         """What ``dtype`` means in training: autocast; parameters and their gradients stay as they are."""

@@ -99,7 +99,9 @@ def _norm(call: Call, x: torch.Tensor) -> torch.Tensor | None:
     if statistics == "instance":
         return torch.empty(x.shape, dtype=x.dtype, device="meta") if h * w > 1 else None
     if statistics == "batch":
-        return x if n * h * w > 1 and m.num_features == c else None
+        # An image of one pixel is contiguous in either way, and batch normalisation then forgets which.
+        fits = n * h * w > 1 and m.num_features == c
+        return (x.new_empty(x.shape) if x.is_contiguous() else x) if fits else None
     return torch.empty(x.shape, dtype=x.dtype, device="meta") if m.num_channels == c else None
 
 

@@ -19,6 +19,7 @@ from p2pfast.labelmap import LabelMap
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, slice, type(Ellipsis))
 _CPU = torch.device("cpu")
+_MOST_FAILURES = 64  # kinds of input that are remembered not to be traced
 
 
 class CannotRun(Exception):
@@ -105,6 +106,7 @@ class ModuleSource:
         self.state: tuple[Any, ...] | None = None
         self.epochs: dict[tuple[Any, ...], int] = {}
         self.epoch = -1
+        self.failures: dict[Any, Untraceable] = {}
 
     def bind(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device = _CPU
@@ -143,6 +145,11 @@ class ModuleSource:
             self.epoch = self.epochs.setdefault(self.state, len(self.epochs))
         return self.epoch
 
+    def hooks(self) -> tuple[Any, ...]:
+        """The hooks of all modules, by module and number."""
+        tables = (getattr(m, name) for m in self.modules for name in _HOOKS)
+        return tuple((id(table), *table) for table in tables if table)
+
     def _state(self) -> tuple[Any, ...]:
         parts: list[Any] = []
         for module in self.modules:
@@ -165,10 +172,17 @@ class ModuleSource:
         """Raises CannotRun, with the reason, for a module that cannot be one graph."""
         if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
             raise CannotRun("there are hooks on all modules")
+        leaves, spec = pytree.tree_flatten(arguments)
+        kind = (self._epoch(), spec, *[leaf_key(leaf) for leaf in leaves], dtype, torch.is_grad_enabled())
+        if kind in self.failures:
+            raise CannotFollow(self.failures[kind])
         try:
             traced = trace(self.module, arguments, dtype)
         except Untraceable as why:
-            raise CannotFollow(str(why)) from why
+            if len(self.failures) >= _MOST_FAILURES:
+                self.failures.clear()
+            self.failures[kind] = why
+            raise CannotFollow(why) from why
         names = [n.name for n in traced.graph.nodes if n.op == "placeholder"]
         return Captured(traced, names, {})
 
@@ -187,7 +201,12 @@ class ModuleSource:
 
 
 class CannotFollow(CannotRun):
-    """Why a module's own code cannot be one graph; its submodules may be."""
+    """Why a module's own code cannot be traced; TorchDynamo may capture it where ``guardable``, and its
+    submodules can be tried."""
+
+    def __init__(self, why: Untraceable) -> None:
+        super().__init__(str(why))
+        self.guardable = why.guardable
 
 
 class GraphSource:
@@ -199,7 +218,10 @@ class GraphSource:
         nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
         self.names = [n.name for n in nodes]
         used = _used_as_parameters(module)
-        self.held = [given or node in used for node, given in zip(nodes, parameters, strict=True)]
+        # What nothing reads is no input that a plan depends on.
+        self.held = [
+            given or node in used or not node.users for node, given in zip(nodes, parameters, strict=True)
+        ]
 
     def bind(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device = _CPU
@@ -228,7 +250,7 @@ class GraphSource:
                 position += 1
                 value = arguments[position]
                 if self.held[position]:
-                    node.meta["val"] = evaluator.twin(value)
+                    node.meta["val"] = evaluator.twin(value) if isinstance(value, torch.Tensor) else value
                     state[node.name] = self._parameter(node.name, position)
                 else:
                     free.append(node.name)

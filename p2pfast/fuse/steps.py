@@ -196,6 +196,7 @@ class Program:
     def __init__(self, captured: Captured, way: str) -> None:
         traced = captured.traced
         self.traced, self.names, self.spec, self.way = traced, captured.names, captured.spec, way
+        self.state = captured.state
         finder = ChainFinder(traced)
         chains = {chain.last: chain for chain in finder.find()} if way != MODULES else {}
         joins = {found.last: found for found in finder.joins()} if way != MODULES else {}
@@ -267,6 +268,7 @@ class Program:
 
     def run(self, tensors: list[Any]) -> Any:
         values: dict[str, Any] = dict(zip(self.names, tensors, strict=True))
+        values.update((name, derived.fetch()) for name, derived in self.state.items())
         for step in self.steps:
             for name, like in step.placed:
                 values[name] = _placed(values[name], like)
@@ -280,7 +282,7 @@ class Program:
             return _placed(value, like) if isinstance(like, Tensor) and isinstance(value, Tensor) else value
 
         leaves = fx.node.map_arg(self.result, returned)
-        return pytree.tree_unflatten(list(leaves), self.spec)
+        return leaves if self.spec is None else pytree.tree_unflatten(list(leaves), self.spec)
 
 
 def _nodes(value: Any) -> list[fx.Node]:

@@ -6,9 +6,14 @@ whose code cannot be followed stays whole, and so does one with hooks, so that t
 
 from __future__ import annotations
 
+import builtins
+import contextlib
+import dis
+import functools
 import random
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,15 +45,28 @@ _FACTORIES = {
 
 
 class Untraceable(Exception):
-    """Why a module cannot be captured as one graph."""
+    """Why a module cannot be captured as one graph.
+
+    ``guardable``: TorchDynamo, which watches more than a trace does, may make one of it all the same.
+    """
+
+    def __init__(self, reason: str, guardable: bool = True) -> None:
+        super().__init__(reason)
+        self.guardable = guardable
 
 
 class _SideEffect(Exception):
-    """``module`` changes its attribute ``name`` when it runs."""
+    """``module`` changes its attribute ``name`` when it runs; ``kept`` is what it holds then.
 
-    def __init__(self, module: nn.Module, name: str) -> None:
+    A tensor that is put there at every call can be put there again. A number or a list that grows is
+    another one at every call, and a guard on it would fail at every call.
+    """
+
+    def __init__(self, module: nn.Module, name: str, kept: Any) -> None:
         super().__init__(f"running it changes its attribute {name!r}")
         self.module = module
+        leaves = pytree.tree_leaves(kept)
+        self.guardable = bool(leaves) and all(isinstance(v, (fx.Proxy, torch.Tensor)) for v in leaves)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -61,12 +79,43 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-class _Value(fx.Proxy):
-    """A traced tensor that knows its shape, and that tests of its type find to be a tensor."""
+_tracing = threading.RLock()  # torch.fx and _values_pass_for_tensors replace what all threads use
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        return torch.Tensor if isinstance(self.node.meta.get("val"), torch.Tensor) else _Value
+
+@contextlib.contextmanager
+def _values_pass_for_tensors() -> Iterator[None]:
+    """``isinstance`` finds traced tensors to be what they stand for.
+
+    Only Python's tests do: native code, which would read the memory of a tensor, has to refuse them.
+    """
+    original = builtins.isinstance
+
+    def check(value: Any, kinds: Any) -> bool:
+        if original(value, kinds):
+            return True
+        if type(value) is fx.proxy.Attribute and value.attr == "data":
+            value = value.root
+        if type(value) is not _Value or value._val is None:
+            return False
+        tracer: Any = value.tracer
+        kind, device = value._val.dtype, tracer.device
+        return original(_of_kind(kind, device), kinds)
+
+    builtins.isinstance = check
+    try:
+        yield
+    finally:
+        builtins.isinstance = original
+
+
+@functools.cache
+def _of_kind(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch._C.DisableTorchFunction():
+        return torch.empty(0, dtype=dtype, device=device)
+
+
+class _Value(fx.Proxy):
+    """A traced tensor that knows its shape."""
 
     @property
     def _val(self) -> torch.Tensor | None:
@@ -81,8 +130,12 @@ class _Value(fx.Proxy):
             if name in ("device", "is_cuda"):
                 device: torch.device = self.tracer.device  # type: ignore[attr-defined]
                 return device if name == "device" else device.type == "cuda"
+            if name == "requires_grad" and self.tracer.gradients:  # type: ignore[attr-defined]
+                raise Untraceable("its forward asks whether gradients are required")
             if name in ("_is_param", "_is_buffer", "requires_grad", "is_mps", "is_meta"):
                 return False
+            if not hasattr(torch.Tensor, name):
+                raise AttributeError(f"'Tensor' object has no attribute {name!r}")
         return super().__getattr__(name)
 
     def size(self, dim: int | None = None) -> Any:
@@ -194,6 +247,8 @@ class _Tracer(fx.Tracer):
                 return original(m, *a, **k)
 
         try:
+            if asks_for_types(type(m)) and not self.is_leaf_module(m, self.path_of_module(m)):
+                raise Untraceable(_TYPES)
             return super().call_module(m, forward, args, kwargs)
         except Exception:
             if self.failed is None:
@@ -268,27 +323,33 @@ class _Watch:
             torch.set_rng_state(self.torch)
             if self.numpy is not None:
                 sys.modules["numpy.random"].set_state(self.numpy)
-        changed: tuple[nn.Module, str] | None = None
+        changed: tuple[nn.Module, str, Any] | None = None
         for module, attributes, inside in self.before:
             now = module.__dict__
             for name in [*attributes, *(n for n in now if n not in attributes)]:
+                kept: Any = None
                 if name not in attributes:
-                    del now[name]
+                    kept = now.pop(name)
                 elif name in now and now[name] is attributes[name]:
                     if name not in inside or _same(now[name], inside[name]):
                         continue
+                    if name == "_buffers":
+                        kept = dict(now[name])
                     if isinstance(now[name], list):
                         now[name][:] = inside[name]
                     else:
                         now[name].clear()
                         now[name].update(inside[name])
                 else:
+                    kept = now.get(name)
                     now[name] = attributes[name]
-                changed = changed or (module, name)
+                changed = changed or (module, name, kept)
         if changed is not None:
             raise _SideEffect(*changed)
         if drew:
-            raise Untraceable("it draws random numbers in a way that a trace does not repeat")
+            raise Untraceable(
+                "it draws random numbers in a way that a trace does not repeat", guardable=False
+            )
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -325,6 +386,49 @@ class Traced:
         return value
 
 
+_TYPES = "its code asks for the type of a value, which is another one while it is followed"
+
+
+_ask_for_types: dict[type, bool] = {}
+
+
+def asks_for_types(kind: type) -> bool:
+    """Whether the code of a class of modules calls ``type`` on something else than ``self``.
+
+    Functions of its own that it calls by name are looked at too.
+    """
+    if kind not in _ask_for_types:
+        _ask_for_types[kind] = not kind.__module__.startswith("torch.") and _code_asks_for_types(kind)
+    return _ask_for_types[kind]
+
+
+def _code_asks_for_types(kind: type) -> bool:
+    seen: set[types.CodeType] = set()
+    waiting = [
+        (f.__code__, f.__globals__)
+        for base in kind.__mro__
+        if not base.__module__.startswith(("torch.", "p2pfast.")) and base is not object
+        for f in vars(base).values()
+        if type(f) is types.FunctionType
+    ]
+    while waiting:
+        code, known = waiting.pop()
+        if code in seen:
+            continue
+        seen.add(code)
+        steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "PRECALL")]
+        for step, after in zip(steps, steps[1:], strict=False):
+            if step.opname != "LOAD_GLOBAL":
+                continue
+            if step.argval == "type" and "type" not in known and after.argval != "self":
+                return True
+            helper = known.get(step.argval)
+            if type(helper) is types.FunctionType and not helper.__module__.startswith("torch"):
+                waiting.append((helper.__code__, helper.__globals__))
+        waiting += [(c, known) for c in code.co_consts if type(c) is types.CodeType]
+    return False
+
+
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
@@ -346,6 +450,13 @@ def trace(module: nn.Module, arguments: Any, dtype: torch.dtype | None) -> Trace
     Raises:
         Untraceable: it cannot be one graph; the message says why.
     """
+    if asks_for_types(getattr(type(module), "__original_class__", type(module))):
+        raise Untraceable(_TYPES)
+    with _tracing:
+        return _trace(module, arguments, dtype)
+
+
+def _trace(module: nn.Module, arguments: Any, dtype: torch.dtype | None) -> Traced:
     opaque: dict[int, str] = {}
     given = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, (torch.Tensor, LabelMap))]
     device = given[0].device if given else torch.device("cpu")
@@ -357,7 +468,8 @@ def trace(module: nn.Module, arguments: Any, dtype: torch.dtype | None) -> Trace
         graph: Any = None
         constants: dict[str, torch.Tensor] = {}
         try:
-            graph = tracer.trace(module)
+            with _values_pass_for_tensors():
+                graph = tracer.trace(module)
         except Exception as error:
             failure = error
         culprit = tracer.failed
@@ -373,9 +485,12 @@ def trace(module: nn.Module, arguments: Any, dtype: torch.dtype | None) -> Trace
         if failure is None:
             _refuse_changed_constants(graph, constants)
             return Traced(module, graph, constants, opaque, tracer.spec)
-        reason = str(failure) if isinstance(failure, (Untraceable, _SideEffect)) else _first_line(failure)
+        # What depends on values does so for TorchDynamo too.
+        reason, guardable = _first_line(failure), not isinstance(failure, fx.proxy.TraceError)
+        if isinstance(failure, (Untraceable, _SideEffect)):
+            reason, guardable = str(failure), failure.guardable
         if culprit is None or culprit is module or id(culprit) in opaque or len(opaque) >= _MOST_OPAQUE:
-            raise Untraceable(reason) from failure
+            raise Untraceable(reason, guardable) from failure
         opaque[id(culprit)] = reason
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
-from p2pfast.fuse.source import CannotRun, Captured, ModuleSource
+from p2pfast.fuse.source import CannotRun, Captured, GraphSource, ModuleSource
 from p2pfast.fuse.steps import CHAINS, CHANNELS_LAST, MODULES, Program, convolution_size
 from p2pfast.fuse.trial import Trial
 from p2pfast.labelmap import LabelMap
@@ -31,7 +31,7 @@ class TrainingEngine:
 
     def __init__(
         self,
-        source: ModuleSource,
+        source: ModuleSource | GraphSource,
         native: torch.dtype,
         device: torch.device,
         on_piece: Callable[[str, nn.Module, str], None],
@@ -70,8 +70,12 @@ class TrainingEngine:
                         self.on_piece(path, module, reason)
                     result = None
                     if not captured.complete:
-                        result = (pytree.tree_unflatten(list(captured.learn(tensors)), captured.spec),)
-                    size = round(math.log2(max(1, sum(t.numel() for t in tensors))))
+                        leaves = list(captured.learn(tensors))
+                        spec = captured.spec
+                        result = (leaves if spec is None else pytree.tree_unflatten(leaves, spec),)
+                    size = round(
+                        math.log2(max(1, sum(t.numel() for t in tensors if isinstance(t, torch.Tensor))))
+                    )
                     program = self._best(captured, tensors, (key[0], state, size))
                     self._remember(program_key, program)
                     if result is not None:

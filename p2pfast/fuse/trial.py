@@ -19,19 +19,25 @@ from p2pfast.ops import measured
 _SECONDS = 0.2  # for each way; quick networks run several times
 
 
+def parameters(captured: Captured) -> list[Tensor]:
+    """The parameters of a network, those that are inputs of its graph too."""
+    given = [derived.fetch() for derived in captured.state.values()]
+    return [*captured.root.parameters(), *(p for p in given if isinstance(p, torch.nn.Parameter))]
+
+
 def would_be_seen(captured: Captured) -> bool:
     """Whether code of the user's would run along with a trial: hooks, modules that cannot be followed."""
     root = captured.root
     if captured.traced.opaque or any(has_hooks(m) for m in root.modules() if m is not root):
         return True
-    if any(p._backward_hooks for p in root.parameters()):
+    if any(p._backward_hooks for p in parameters(captured)):
         return True
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _gpu(captured: Captured, tensors: list[Any]) -> torch.device | None:
     """The CUDA device that a network runs on, if it does."""
-    for value in (*captured.root.parameters(), *tensors):
+    for value in (*parameters(captured), *tensors):
         if isinstance(value, Tensor) and value.is_cuda:
             return value.device
     return None
@@ -54,7 +60,7 @@ def signature(captured: Captured, tensors: list[Any]) -> str:
             target = repr(captured.traced.fetch(str(node.target)))
         words.append(f"{node.op} {target} {shape} {[n.name for n in node.all_input_nodes]}")
     words += [str(value.requires_grad) for value in tensors if isinstance(value, Tensor)]
-    words.append(str([p.requires_grad for p in captured.root.parameters()]))
+    words.append(str([p.requires_grad for p in parameters(captured)]))
     return hashlib.sha256("\n".join(words).encode()).hexdigest()
 
 
@@ -119,7 +125,7 @@ class Trial:
                 return ways[-1]
 
     def _run(self, way: str) -> Callable[[], None]:
-        parameters = [p for p in self.captured.root.parameters() if p.requires_grad]
+        learned = [p for p in parameters(self.captured) if p.requires_grad]
         made: list[Program] = []
         gpu = _gpu(self.captured, self.tensors)
 
@@ -132,7 +138,7 @@ class Trial:
             outputs = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
             if outputs:
                 ones = [torch.ones_like(t) for t in outputs]
-                torch.autograd.grad(outputs, [*parameters, *leaves], ones, allow_unused=True)
+                torch.autograd.grad(outputs, [*learned, *leaves], ones, allow_unused=True)
             if gpu is not None:
                 torch.cuda.synchronize(gpu)  # so that a clock on the host tells its time
 

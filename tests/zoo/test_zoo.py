@@ -20,16 +20,6 @@ from p2pfast.fuse import training
 BATCH = 3  # a batch norm over one pixel of two images turns every value into a sign
 
 
-# What the fused network does not do as PyTorch does it.
-KNOWN_GAPS = {
-    "pldt-converter": "the layout of one pixel is told from the input's, and PyTorch forgets it there"
-}
-WITH_GAPS = [
-    pytest.param(name, marks=pytest.mark.xfail(reason=KNOWN_GAPS[name])) if name in KNOWN_GAPS else name
-    for name in ZOO
-]
-
-
 @pytest.fixture(autouse=True)
 def _strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Failures are errors; one thread, since images this small are not worth waking another."""
@@ -190,7 +180,7 @@ def seeded(net: nn.Module, inputs: tuple[Tensor, ...]) -> object:
         return net(*inputs)
 
 
-@pytest.mark.parametrize("name", WITH_GAPS)
+@pytest.mark.parametrize("name", list(ZOO))
 def test_other_inputs_and_hooks(name: str) -> None:
     net, inputs = make(name)
     net.eval()
