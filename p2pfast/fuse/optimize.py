@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import _StopRecomputationError
 
 from p2pfast.fuse.guarded import Guarded
-from p2pfast.fuse.source import CannotFollow, CannotRun, GraphSource, ModuleSource
+from p2pfast.fuse.source import CannotFollow, CannotRun, GraphSource, ModuleSource, RunsAsWell
 from p2pfast.fuse.training import TrainingEngine
 from p2pfast.labelmap import LabelMap
 from p2pfast.runtime.cpu import STORED, CpuEngine
@@ -27,6 +27,8 @@ _TRACKER = "please report it with the network to p2pfast's issue tracker"
 _MODES = ("inference", "train")
 _BACKENDS = ("auto", "cpu", "cuda", "reference")
 _ACCURACIES = ("default", "fast")
+
+_MOST_QUICK = 64  # kinds of inputs that PyTorch is known to be faster at
 
 AnyEngine = CpuEngine | gpu.CudaEngine | TrainingEngine
 
@@ -67,6 +69,16 @@ class Optimized:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return type(self).__original_forward__(self, *args, **kwargs)
         state: _State = self.__dict__["_p2pfast"]
+        if state.quick and not kwargs:
+            # A small network is done in less time than all that a plan depends on can be looked at. Its own
+            # code is right whatever has changed since PyTorch was faster.
+            reason = state.quick.get(_kind(self, args))
+            if reason is not None:
+                state.reason = reason
+                if torch.is_grad_enabled() and state.options["mode"] == "inference":
+                    with torch.no_grad():
+                        return type(self).__original_forward__(state.plain, *args)
+                return type(self).__original_forward__(state.plain, *args)
         return state.run(args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -116,6 +128,16 @@ def _densified(value: Any, dtype: torch.dtype | None) -> Any:
     return value.dense(dtype or torch.float32) if isinstance(value, LabelMap) else value
 
 
+def _kind(module: Any, args: tuple[Any, ...]) -> Any:
+    """What decides which is faster, as far as it can be told at once; None where an argument is no tensor."""
+    kind: list[Any] = [module.training, torch.is_grad_enabled()]
+    for value in args:
+        if type(value) is not torch.Tensor:
+            return None
+        kind += (value.shape, value.dtype, value.device, value.requires_grad)
+    return tuple(kind)
+
+
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     """An argument as PyTorch takes it; those in another precision than the parameters' are theirs."""
     value = _densified(value, dtype)
@@ -138,6 +160,7 @@ class _State:
         self.engines: dict[tuple[torch.dtype, torch.dtype, torch.device], AnyEngine] = {}
         self.trainers: dict[tuple[torch.dtype, torch.device], TrainingEngine] = {}
         self.guarded: dict[Any, Guarded] = {}
+        self.quick: dict[Any, str] = {}  # why PyTorch runs kinds of inputs
         self.engine: AnyEngine | None = None  # of the last call
         self.pieces: dict[str, tuple[nn.Module, str]] = {}
         self.source: ModuleSource | None = None
@@ -278,6 +301,8 @@ class _State:
             return self._follow_otherwise(why, args, kwargs)
         except CannotRun as why:
             self.reason = str(why)
+            if isinstance(why, RunsAsWell) and self.options["dtype"] is None and not kwargs:
+                self._remember_quick(args)
             return self._original(args, kwargs)
         except (OutOfMemory, require.CannotUseGpu):
             raise  # PyTorch would need more memory; and what was asked for is not there
@@ -285,6 +310,14 @@ class _State:
             raise  # a checkpoint has all that it wanted
         except Exception as error:
             return self._recover(error, args, kwargs)
+
+    def _remember_quick(self, args: tuple[Any, ...]) -> None:
+        kind = _kind(self.plain, args)
+        if kind is None or torch.is_autocast_enabled("cpu") or self.reason is None:
+            return
+        self.quick[kind] = self.reason
+        while len(self.quick) > _MOST_QUICK:
+            self.quick.pop(next(iter(self.quick)))
 
     def _follow_otherwise(self, why: CannotFollow, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Through TorchDynamo where that helps, or else piecewise."""

@@ -200,6 +200,10 @@ class ModuleSource:
         return found
 
 
+class RunsAsWell(CannotRun):
+    """PyTorch measured faster for inputs like these, and may run them without asking again."""
+
+
 class CannotFollow(CannotRun):
     """Why a module's own code cannot be traced; TorchDynamo may capture it where ``guardable``, and its
     submodules can be tried."""

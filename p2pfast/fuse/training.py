@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
-from p2pfast.fuse.source import CannotRun, Captured, GraphSource, ModuleSource
+from p2pfast.fuse.source import CannotRun, Captured, GraphSource, ModuleSource, RunsAsWell
 from p2pfast.fuse.steps import CHAINS, CHANNELS_LAST, MODULES, Program, convolution_size
 from p2pfast.fuse.trial import Trial
 from p2pfast.labelmap import LabelMap
@@ -83,7 +83,7 @@ class TrainingEngine:
                         return result[0]
         self.last = program
         if program.way == MODULES:
-            raise CannotRun("its modules are as fast as their chains in one step")
+            raise RunsAsWell("its modules are as fast as their chains in one step")
         return program.run(tensors)
 
     def _remember(self, key: Any, program: Program) -> None:

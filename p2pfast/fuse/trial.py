@@ -98,12 +98,12 @@ def plan_loses(
     def modules() -> None:
         run(*args, **kwargs)
 
-    def planned() -> None:
+    def bound_plan() -> None:
         plan()
 
     words = signature(captured, tensors)
     with unmarked(captured):
-        return measured.pick(("inference", words), modules, planned, seconds=_SECONDS / 2) == "modules"
+        return measured.pick(("inference", words), modules, bound_plan, seconds=_SECONDS / 2) == "modules"
 
 
 class Trial:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from p2pfast.fuse.graph import ForeignOp, Graph
-from p2pfast.fuse.source import CannotRun, Captured, GraphSource, ModuleSource
+from p2pfast.fuse.source import Captured, GraphSource, ModuleSource, RunsAsWell
 from p2pfast.fuse.trial import plan_loses
 from p2pfast.labelmap import LabelMap
 from p2pfast.runtime.liveness import result_views
@@ -157,7 +157,7 @@ class Engine:
                         prepared = self.plans[key]
                         prepared.loses = self._loses(prepared, tensors, arguments)
             if prepared.loses:
-                raise CannotRun("its own modules measured faster than a plan")
+                raise RunsAsWell("its own modules measured faster than a plan")
             return self._go(prepared, tensors)
 
     def _loses(self, prepared: Prepared, tensors: list[Any], arguments: Any) -> bool:
@@ -165,11 +165,15 @@ class Engine:
         work = sum(report.multiplications for report in prepared.plan.reports)
         if not self.may_lose or work > _MOST_MULTIPLICATIONS or self.dtype != self.native:
             return False
-        module = self.source.module
-        args, kwargs = (arguments, {}) if isinstance(self.source, GraphSource) else arguments
-        return plan_loses(
-            prepared.captured, tensors, (args, kwargs), lambda: self._go(prepared, tensors), module.forward
-        )
+        module, source = self.source.module, self.source
+        args, kwargs = (arguments, {}) if isinstance(source, GraphSource) else arguments
+
+        def plan() -> None:
+            self._conditions()
+            source.bind(args, kwargs, self.device)  # a call with a plan finds it first
+            self._go(prepared, tensors)
+
+        return plan_loses(prepared.captured, tensors, (args, kwargs), plan, module.forward)
 
     def _go(self, prepared: Prepared, tensors: list[Any]) -> Any:
         for action in prepared.graph.before:

@@ -253,3 +253,29 @@ def test_pairs_keep_the_quality_of_bfloat16(name: str, monkeypatch: pytest.Monke
     found = fast(x)
     assert any("pairs" in row.kernel for row in p2pfast.explain(fast).rows)
     assert relative(found, exact) < 1.12 * relative(eager, exact)
+
+
+def test_what_pytorch_is_faster_at_is_given_to_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first call of a kind nothing is looked up, and whatever changes is still seen."""
+    from p2pfast.fuse.source import ModuleSource
+    from p2pfast.runtime import engine
+
+    monkeypatch.setattr(engine.Engine, "_loses", lambda *args: True)
+    bound: list[int] = []
+    original = ModuleSource.bind
+    monkeypatch.setattr(ModuleSource, "bind", lambda self, *a: bound.append(1) or original(self, *a))
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    fast = p2pfast.optimize(net)
+    x, other = torch.randn(1, 3, 8, 8), torch.randn(1, 3, 9, 8)
+    for given in (x, other, x, other, x):
+        found = fast(given)
+        assert torch.equal(found, net(given)) and not found.requires_grad
+    assert len(bound) == 2 and "faster" in p2pfast.explain(fast).note
+    with torch.no_grad():
+        net[0].weight.mul_(2.0)
+    net[1] = fast[1] = nn.BatchNorm2d(8).eval()
+    handle = fast[0].register_forward_hook(lambda m, i, o: o + 1)
+    assert torch.equal(fast(x), net[2](net[1](net[0](x) + 1)))
+    handle.remove()
+    assert torch.equal(fast.train()(x), net.train()(x)) and len(bound) == 3
+    assert fast.double()(x.double()).dtype == torch.float64
