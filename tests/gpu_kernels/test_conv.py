@@ -180,6 +180,30 @@ def check_statistics(partial: Tensor, count: Tensor, raw: Tensor, error: float) 
     assert (variance.sqrt() - deviation).abs().max() <= size * (error + 1e-6)
 
 
+# Programs that share the depth of a tile, and their sums in a second launch.
+SPLIT = {
+    "two sources": Case((20, 35), 18, mode="reflect", images=2, config=Config(16, 16, 32, splits=4)),
+    "few channels": Case((3,), 18, kernel=(5, 5), pad=2, config=Config(16, 16, 32, splits=2)),
+    "more splits than steps": Case(kernel=(1, 1), pad=0, config=Config(32, 16, 32, splits=4)),
+    "phases": Case(
+        (20, 12),
+        kernel=(4, 4),
+        stride=2,
+        transposed=True,
+        layout="phases",
+        config=Config(16, 16, 32, splits=2),
+    ),
+    "columns": Case(
+        out=5,
+        stride=2,
+        transposed=True,
+        output_padding=1,
+        layout="columns",
+        config=Config(16, 16, 32, splits=2),
+    ),
+    "bfloat16": Case(config=Config(32, 32, 32, splits=2), dtype=torch.bfloat16),
+}
+
 ORDINARY = {
     "zeros": Case(images=2, config=Config(16, 16, 32)),
     "reflect": Case(mode="reflect", size=(4, 7), images=2),
@@ -247,6 +271,11 @@ def test_few_output_channels(name: str, device: str) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_short_dtypes(dtype: torch.dtype, transposed: bool, device: str) -> None:
     run(Case(dtype=dtype, transposed=transposed, stride=1 + transposed, size=(4, 5)), device)
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_split_depth(name: str, device: str) -> None:
+    run(SPLIT[name], device)
 
 
 @pytest.mark.parametrize("case", [Case(images=2), ROWS["7x7"], ORDINARY["thin input"]])

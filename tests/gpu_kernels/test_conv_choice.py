@@ -228,3 +228,13 @@ def test_candidates_run(device: str) -> None:
         (down, None, None),
     ):
         choice.runner(problem, Candidate(layout, config, 0.0), torch.device(device))()
+
+
+def test_layers_of_few_tiles_are_split() -> None:
+    """The middle of a U-Net at batch 1 has work for a few multiprocessors of an H100 only."""
+    device = torch.device("cpu")
+    small = Problem(1, (4, 4), (2, 2), (512,), 512, (4, 4), 2, (1, 1))
+    best = choose(small, device).best
+    assert best.config is not None and best.config.splits > 1 and "splits" in best.name
+    large = Problem(1, (512, 1024), (512, 1024), (64,), 64, (3, 3), 1, (1, 1))
+    assert all(c.config is None or c.config.splits == 1 for c in (choose(large, device).best,))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from p2pfast.ops.conv.gpu.choice import default_config
 from p2pfast.ops.conv.gpu.configs import Config, parts
-from p2pfast.ops.conv.gpu.launch import build, padding_of
+from p2pfast.ops.conv.gpu.launch import launches, padding_of
 from p2pfast.ops.conv.gpu.pack import Packed
 from p2pfast.ops.conv.gpu.source import Source, check_source, check_view
 from p2pfast.ops.gpu import allows_tf32, check_tensor, on_device
@@ -180,7 +180,7 @@ def conv(
         raise ValueError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
     if sources[0].tensor.dtype != torch.float32:
         precision = "tf32"  # means nothing: one kernel for all
-    launch = build(
+    steps = launches(
         sources,
         packed,
         bias,
@@ -198,4 +198,5 @@ def conv(
         precision=precision,
     )
     with on_device(out):
-        launch.run()
+        for launch in steps:
+            launch.run()

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from p2pfast.ops.conv.gpu.configs import Config, machine, parts, ranked
-from p2pfast.ops.conv.gpu.launch import build, padding_of
+from p2pfast.ops.conv.gpu.launch import launches, padding_of
 from p2pfast.ops.conv.gpu.library import library_conv, library_refuses
 from p2pfast.ops.conv.gpu.pack import Packed, pack, refuses
 from p2pfast.ops.conv.gpu.source import Source
@@ -264,7 +264,7 @@ def runner(problem: Problem, candidate: Candidate, device: torch.device) -> Call
         count = torch.empty(number, device=device)
 
     precision = problem.precision or ("tf32" if allows_tf32() else "ieee")
-    launch = build(
+    steps = launches(
         sources,
         packed,
         None,
@@ -280,7 +280,12 @@ def runner(problem: Problem, candidate: Candidate, device: torch.device) -> Call
         config=candidate.config,
         precision=precision if dtype == torch.float32 else "tf32",
     )
-    return launch.run
+
+    def by_kernels() -> None:
+        for launch in steps:
+            launch.run()
+
+    return by_kernels
 
 
 def _time(run: Callable[[], None], device: torch.device) -> float:

@@ -7,7 +7,8 @@ rates are an H100's: arithmetic and memory measured with PyTorch, the second-lev
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,7 +19,8 @@ from p2pfast.ops.conv.gpu.pack import FLAT_BELOW, Geometry, round_up
 class Config:
     """Sizes of a tile (pixels, columns, depth of a step), warps of a program and stages of its pipeline.
 
-    ``bn`` is 0 for the layout ``"rows"``, which has all columns in a tile.
+    ``bn`` is 0 for the layout ``"rows"``, which has all columns in a tile. ``splits`` programs share the
+    depth of a tile; a second launch adds their sums in order.
     """
 
     bm: int
@@ -26,9 +28,11 @@ class Config:
     bk: int
     warps: int = 4
     stages: int = 3
+    splits: int = 1
 
     def __str__(self) -> str:
-        return f"{self.bm}x{self.bn or 'all'}x{self.bk}, {self.warps} warps, {self.stages} stages"
+        text = f"{self.bm}x{self.bn or 'all'}x{self.bk}, {self.warps} warps, {self.stages} stages"
+        return text if self.splits == 1 else f"{text}, {self.splits} splits"
 
 
 # For 16-bit storage; with 32 bits the depth of a step is half. Each compiles for sm_80, sm_90 and sm_100
@@ -52,6 +56,8 @@ TILES = (
 )
 # Few output channels (layout "rows", whose columns are all in one tile).
 THIN_TILES = (Config(128, 0, 32, 8, 3), Config(64, 0, 64, 4, 3), Config(32, 0, 64, 4, 3))
+_SPLITS = (2, 4, 8, 16)
+_LEAST_STEPS = 4  # of a split, for a pipeline to be worth filling
 # float32 without tensor cores.
 PLAIN_TILES = (Config(64, 32, 16, 4, 2), Config(32, 32, 16, 4, 2))
 
@@ -134,7 +140,7 @@ def estimate(
     for c in packed.channels:
         share = 1.0 if c < FLAT_BELOW else round_up(c, config.bk) / round_up(c, 16)
         depth += packed.depth * c / sum(packed.channels) * share
-    steps = depth / config.bk / len(sizes)
+    steps = math.ceil(depth / config.bk / len(sizes) / config.splits)
     rows_of_tile = packed.rows if packed.layout == "rows" else 1
     tiles = images * sum(-(-size // (bm * rows_of_tile)) for size in sizes) * -(-packed.columns // bn)
     resident = min(
@@ -143,6 +149,7 @@ def estimate(
         device.registers // (32 * config.warps * min(255, 64 + bn * config.bm // (32 * config.warps))),
     )
     resident = max(1, resident)
+    whole, tiles = tiles, tiles * config.splits
     here = min(resident, -(-tiles // device.processors))
     rate = device.matrix * (1.0 if itemsize == 2 else 0.5) * (1.0 if tensor_cores else 0.06)
     arithmetic = 2.0 * config.bm * bn * config.bk / rate
@@ -154,7 +161,22 @@ def estimate(
     latency = 0.8e-6 / max(1, config.stages - 1)
     step = max(arithmetic * here, cache * here, issue * here, latency)
     waves = -(-tiles // (device.processors * here))
-    return waves * (steps * step + 3e-6)
+    seconds = waves * (steps * step + 3e-6)
+    if config.splits > 1:
+        # Every split is written and read once, through the second-level cache, in a launch of its own.
+        moved = 2.0 * 4 * whole * config.splits * config.bm * bn
+        seconds += 4e-6 + moved / (device.cache * device.processors)
+    return seconds
+
+
+def split(config: Config, packed: Geometry, sizes: tuple[int, ...], images: int, on: Machine) -> list[Config]:
+    """A configuration, and for a layer of so few tiles that a device would idle, ways to split its depth."""
+    if packed.layout == "rows" or packed.depth // len(sizes) < _LEAST_STEPS * 2 * config.bk:
+        return [config]
+    tiles = images * sum(-(-size // config.bm) for size in sizes) * -(-packed.columns // config.bn)
+    steps = packed.depth // len(sizes) // config.bk
+    fitting = [s for s in _SPLITS if tiles * s <= 2 * on.processors and steps // s >= _LEAST_STEPS]
+    return [config, *(replace(config, splits=s) for s in fitting if tiles < on.processors)]
 
 
 @functools.lru_cache(4096)
@@ -173,7 +195,8 @@ def ranked(
     sizes = tuple(phase_sizes(packed, out_height, out_width))
     timed = [
         (estimate(packed, c, sizes, images, itemsize, pending, on, cores), c)
-        for c in candidates(packed, itemsize, on, cores)
+        for tile in candidates(packed, itemsize, on, cores)
+        for c in (split(tile, packed, sizes, images, on) if cores else [tile])
     ]
     return tuple(sorted(timed, key=lambda pair: pair[0]))
 

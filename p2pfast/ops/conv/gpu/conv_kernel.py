@@ -36,6 +36,15 @@ def activate_on_load(v, ACT: tl.constexpr, SLOPE: tl.constexpr):
 
 
 @triton.jit
+def steps_of(taps, C: tl.constexpr, FLAT: tl.constexpr, BK: tl.constexpr):
+    """Steps of the loop over one source."""
+    if FLAT:
+        return tl.cdiv(taps * C, BK)
+    else:
+        return taps * ((C + BK - 1) // BK)
+
+
+@triton.jit
 def products(
     acc,
     x,
@@ -49,6 +58,8 @@ def products(
     row_stride,
     taps,
     kernel_w,
+    begin,
+    end,
     column,
     PIXEL: tl.constexpr,
     C: tl.constexpr,
@@ -69,6 +80,7 @@ def products(
         w: (1, BN) pointers to the weights of this source's first tap.
         top, left: (rows,) input position under the first tap of each row, before padding.
         taps, kernel_w: taps of the window and how many of them a row of it has.
+        begin, end: the steps to do, of ``steps_of``.
         column: (BN,) numbers of columns, of which those below COLUMNS exist.
         FLAT: a step takes BK of taps x channels instead of BK channels of one tap.
     """
@@ -77,10 +89,7 @@ def products(
     CP: tl.constexpr = (C + 15) // 16 * 16
     BLOCKS: tl.constexpr = (C + BK - 1) // BK
     RAGGED: tl.constexpr = FLAT or C % BK != 0
-    steps = taps * BLOCKS
-    if FLAT:
-        steps = tl.cdiv(taps * C, BK)
-    for step in tl.range(0, steps):
+    for step in tl.range(begin, end):
         if FLAT:
             depth = step * BK + k
             tap = depth // C
@@ -191,6 +200,7 @@ def conv_kernel(
     out,
     partial,
     count,
+    work,
     height,
     width,
     out_height,
@@ -238,11 +248,15 @@ def conv_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PASS: tl.constexpr,
 ):
-    """One tile of BM pixels and BN channels; the grid is (tiles x column blocks, phases, images).
+    """One tile of BM pixels and BN channels; the grid is (tiles x column blocks, phases x splits, images).
 
     PHASES: "none" for a convolution; "grid" and "columns" for a transposed one, whose sub-pixel phases are
     either the second axis of the grid or columns of the product, over the union of their windows.
+    PASS: "whole"; or, where few tiles would leave a device idle, "split": each of SPLITS programs stores its
+    share of a tile's depth in ``work``, and "merge": their sum, in order, and what follows it.
     FULL: every tile is full and every column of every row is an output. WIDE: an image spans 2^31 elements.
     """
     image = tl.program_id(2).to(tl.int64)
@@ -257,7 +271,7 @@ def conv_kernel(
     IN_STEP: tl.constexpr = STRIDE if PHASES == "none" else 1
     OUT_STEP: tl.constexpr = 1 if PHASES == "none" else STRIDE
     if PHASES == "grid":
-        phase = tl.program_id(1)
+        phase = tl.program_id(1) // SPLITS if PASS == "split" else tl.program_id(1)
         ry = phase // STRIDE
         rx = phase % STRIDE
         taps_h = (KH - ry + STRIDE - 1) // STRIDE
@@ -297,53 +311,53 @@ def conv_kernel(
     left = z * IN_STEP - pad_left
 
     acc = tl.zeros((BM, BN), tl.float32)
-    weights = w + (column.to(tl.int64) * DEPTH + depth0)[None, :]
-    acc = products(
-        acc,
-        x0 + image * x0_image,
-        scale0 + image * norm0_image if scale0 is not None else None,
-        shift0 + image * norm0_image if shift0 is not None else None,
-        weights,
-        top,
-        left,
-        height,
-        width,
-        x0_row,
-        taps_h * taps_w,
-        taps_w,
-        column,
-        X0_PIXEL,
-        C0,
-        FLAT0,
-        ACT0,
-        SLOPE0,
-        PAD,
-        COLUMNS,
-        BN,
-        BK,
-        WIDE,
-        PRECISION,
-    )
-    if C1 > 0:
+    if PASS != "whole":
+        split = tl.program_id(1) % SPLITS if PASS == "split" else 0
+        own = tl.program_id(1) // SPLITS if PASS == "split" else tl.program_id(1)
+        phases = STRIDE * STRIDE if PHASES == "grid" else 1
+        block = (image * phases + own) * tl.num_programs(0) + tl.program_id(0)
+        inner = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+        place = work + (block * SPLITS + split) * (BM * BN) + inner
+    if PASS == "merge":
+        for _ in tl.static_range(SPLITS):
+            acc += tl.load(place)
+            place += BM * BN
+    else:
+        steps0 = steps_of(taps_h * taps_w, C0, FLAT0, BK)
+        begin0 = 0
+        end0 = steps0
+        begin1 = 0
+        end1 = steps_of(taps_h * taps_w, C1, FLAT1, BK) if C1 > 0 else 0
+        if PASS == "split":
+            share = tl.cdiv(steps0 + end1, SPLITS)
+            begin = split * share
+            end = begin + share
+            begin0 = tl.minimum(begin, steps0)
+            end0 = tl.minimum(end, steps0)
+            begin1 = tl.minimum(tl.maximum(begin - steps0, 0), end1)
+            end1 = tl.minimum(tl.maximum(end - steps0, 0), end1)
+        weights = w + (column.to(tl.int64) * DEPTH + depth0)[None, :]
         acc = products(
             acc,
-            x1 + image * x1_image,
-            scale1 + image * norm1_image if scale1 is not None else None,
-            shift1 + image * norm1_image if shift1 is not None else None,
-            weights + weights_of(taps_h * taps_w, C0, FLAT0),
+            x0 + image * x0_image,
+            scale0 + image * norm0_image if scale0 is not None else None,
+            shift0 + image * norm0_image if shift0 is not None else None,
+            weights,
             top,
             left,
             height,
             width,
-            x1_row,
+            x0_row,
             taps_h * taps_w,
             taps_w,
+            begin0,
+            end0,
             column,
-            X1_PIXEL,
-            C1,
-            FLAT1,
-            ACT1,
-            SLOPE1,
+            X0_PIXEL,
+            C0,
+            FLAT0,
+            ACT0,
+            SLOPE0,
             PAD,
             COLUMNS,
             BN,
@@ -351,6 +365,38 @@ def conv_kernel(
             WIDE,
             PRECISION,
         )
+        if C1 > 0:
+            acc = products(
+                acc,
+                x1 + image * x1_image,
+                scale1 + image * norm1_image if scale1 is not None else None,
+                shift1 + image * norm1_image if shift1 is not None else None,
+                weights + weights_of(taps_h * taps_w, C0, FLAT0),
+                top,
+                left,
+                height,
+                width,
+                x1_row,
+                taps_h * taps_w,
+                taps_w,
+                begin1,
+                end1,
+                column,
+                X1_PIXEL,
+                C1,
+                FLAT1,
+                ACT1,
+                SLOPE1,
+                PAD,
+                COLUMNS,
+                BN,
+                BK,
+                WIDE,
+                PRECISION,
+            )
+    if PASS == "split":
+        tl.store(place, acc)
+        return
 
     channel = column % COUT
     exists = column < COLUMNS

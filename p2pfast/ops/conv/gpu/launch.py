@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from p2pfast.ops.conv.activation import activation_code
@@ -72,6 +73,33 @@ def padding_of(
     return pad_mode if needed else "none"
 
 
+def workspace(packed: Packed, out: Tensor, config: Config) -> int:
+    """Float32 values that a convolution which is split keeps between its launches."""
+    if config.splits == 1:
+        return 0
+    sizes = phase_sizes(packed, out.shape[1], out.shape[2])
+    tiles = -(-max(sizes) // config.bm) * -(-packed.columns // config.bn)
+    return int(out.shape[0] * len(sizes) * tiles * config.splits * config.bm * config.bn)
+
+
+def launches(
+    sources: Sequence[Source],
+    packed: Packed,
+    bias: Tensor | None,
+    out: Tensor,
+    config: Config,
+    **options: Any,
+) -> list[Launch]:
+    """As ``build``, all launches of a convolution with the memory between them."""
+    if config.splits == 1:
+        return [build(sources, packed, bias, out, config=config, **options)]
+    work = torch.empty(workspace(packed, out, config), dtype=torch.float32, device=out.device)
+    return [
+        build(sources, packed, bias, out, config=config, **options, work=work, merge=merge)
+        for merge in (False, True)
+    ]
+
+
 def build(
     sources: Sequence[Source],
     packed: Packed,
@@ -89,8 +117,11 @@ def build(
     count: Tensor | None,
     config: Config,
     precision: str,
+    work: Tensor | None = None,
+    merge: bool = False,
 ) -> Launch:
-    """The launch of a convolution whose arguments are right; tensors may be on the meta device."""
+    """The launch of a convolution whose arguments are right; tensors may be on the meta device. Of one that
+    is split, ``work`` is from ``workspace``, and ``merge`` says which of its two launches."""
     first = sources[0].tensor
     second = sources[1] if len(sources) == 2 else None
     out_height, out_width = out.shape[1:3]
@@ -166,5 +197,9 @@ def build(
         "BN": config.bn,
     }
     tiles = -(-max(sizes) // config.bm) * -(-packed.columns // config.bn)
-    grid = tiles, len(sizes), out.shape[0]
+    constants |= {"SPLITS": config.splits, "PASS": "whole"}
+    arguments["work"] = work
+    if config.splits > 1:
+        constants["PASS"] = "merge" if merge else "split"
+    grid = tiles, len(sizes) * (1 if merge else config.splits), out.shape[0]
     return Launch(conv_kernel, grid, arguments, constants, config.warps, config.stages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ def _launch(
     act: str = "none",
     precision: str = "tf32",
     last: bool = False,
+    merge: bool = False,
 ) -> Launch:
     """A layer's launch on the meta device; ``size`` is the input's height and width. With ``last`` stored
     statistics and a residual are done on the way out."""
@@ -76,7 +78,14 @@ def _launch(
         count=torch.empty(number, **meta) if statistics else None,
         config=config,
         precision=precision,
+        work=torch.empty(1, **meta) if config.splits > 1 else None,
+        merge=merge,
     )
+
+
+def _multiplies(options: dict[str, Any]) -> bool:
+    """Whether tensor cores have something to do."""
+    return options.get("precision") != "ieee" and not options.get("merge")
 
 
 def _channels(tile: Config) -> int:
@@ -89,7 +98,7 @@ def shipped() -> list[Shipped]:
 
     def add(what: str, config: Config, dtype: torch.dtype, *layer: Any, **options: Any) -> None:
         launch = _launch(config, dtype, *layer, **options)
-        found.append(launch.shipped(f"{what}, {str(dtype)[6:]} {config}", options.get("precision") != "ieee"))
+        found.append(launch.shipped(f"{what}, {str(dtype)[6:]} {config}", _multiplies(options)))
 
     for tile in TILES:
         add("3x3", tile, BF16, (_channels(tile),), tile.bn, (64, 128))
@@ -112,6 +121,17 @@ def shipped() -> list[Shipped]:
         act="relu",
         last=True,
     )
+    for merge in (False, True):
+        add(
+            "3x3, merging splits" if merge else "3x3, split",
+            replace(TILES[5], splits=8),
+            BF16,
+            (512,),
+            512,
+            (8, 8),
+            pad="zeros",
+            merge=merge,
+        )
     add("4x4, stride 2", wide, BF16, (128,), 256, (64, 64), kernel=4, stride=2, pad="zeros")
     up: dict[str, Any] = {"stride": 2, "transposed": True}
     add("3x3 transposed", wide, BF16, (1024,), 512, (32, 64), output_padding=1, layout="phases", **up)

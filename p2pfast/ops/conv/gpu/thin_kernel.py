@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from p2pfast.ops.conv.gpu.conv_kernel import products, weights_of
+from p2pfast.ops.conv.gpu.conv_kernel import products, steps_of, weights_of
 from p2pfast.ops.gpu.device import activate, store
 
 
@@ -105,6 +105,8 @@ def thin_kernel(
         x0_row,
         WINDOW,
         1,
+        0,
+        steps_of(WINDOW, C0, FLAT0, BK),
         column,
         X0_PIXEL,
         C0,
@@ -132,6 +134,8 @@ def thin_kernel(
             x1_row,
             WINDOW,
             1,
+            0,
+            steps_of(WINDOW, C1, FLAT1, BK),
             column,
             X1_PIXEL,
             C1,
