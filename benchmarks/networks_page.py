@@ -42,8 +42,9 @@ Made by `python benchmarks/networks_page.py` on {machine}.
 Each network is a plain PyTorch one written from its paper (`tests/zoo/`); `p2pfast.optimize(network)` is all
 that was done to it. Fused is how many of its convolutions ran in native kernels at batch 1; with 0, its own
 modules measured faster than a plan and PyTorch runs them. Times are the least of
-interleaved calls in float32, evaluation mode; a number above 1 means that p2pfast is faster. – means not
-measured: torch.compile takes long to compile.
+interleaved calls in float32, evaluation mode; a number above 1 means that p2pfast is faster, below 1 that it
+is slower; small networks vary by a tenth from run to run. – means not measured: torch.compile takes long to
+compile.
 
 | network | width, size | fused | eager | p2pfast | over eager | at batch 4 | over torch.compile |
 |---|---|---|---|---|---|---|---|

@@ -215,14 +215,18 @@ COMPILED = (
 )
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize(
     "name", [n if n in COMPILED else pytest.param(n, marks=pytest.mark.slow) for n in ZOO]
 )
-def test_compile_backend(name: str) -> None:
+def test_compile_backend(name: str, dynamic: bool) -> None:
     dynamo = pytest.importorskip("p2pfast.fuse.dynamo", reason="the torch.compile backend is not there yet")
     net, inputs = make(name)
     net.eval()
     torch._dynamo.reset()
-    compiled = torch.compile(net, backend=dynamo.backend)
-    answer = seeded(net, inputs)
-    check_same(seeded(compiled, inputs), answer, answer, exact=False)
+    compiled = torch.compile(net, backend=dynamo.backend, dynamic=dynamic)
+    width, size = ZOO[name].small
+    given = [inputs, ZOO[name].inputs(2, size, width), inputs] if dynamic else [inputs]
+    for values in given:  # another number of images may come
+        answer = seeded(net, values)
+        check_same(seeded(compiled, values), answer, answer, exact=False)
