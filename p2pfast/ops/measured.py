@@ -28,6 +28,7 @@ from p2pfast import _C
 T = TypeVar("T")
 
 _REPEATS = 2  # timed runs of each way after one to warm up; the least counts
+_SPINNING = 0.02  # seconds of a run that threads left spinning before it can delay noticeably
 _MOST_REPEATS = 20
 _FAR_BEHIND = 2.0  # times the best: more than what others on the machine do to one run
 _chosen: dict[tuple[object, ...], str] = {}
@@ -96,14 +97,18 @@ def _choose(key: tuple[object, ...], ways: tuple[Callable[[], object], ...], sec
 
 def _seconds(ways: tuple[Callable[[], object], ...], seconds: float) -> list[float]:
     """The least time of each way, over rounds that take them in turn: other programs disturb all alike. Those
-    far behind after a round take no part in the next."""
-    for way in ways:
-        way()
+    far behind after a round take no part in the next.
+
+    Of short ways the second of two runs is timed, as they are called in use: threads of the way before may
+    still be spinning in the first.
+    """
     best, begin, done = [float("inf")] * len(ways), time.perf_counter(), 0
     while done < _REPEATS or (time.perf_counter() - begin < seconds * len(ways) and done < _MOST_REPEATS):
         for i, way in enumerate(ways):
             if done and best[i] > _FAR_BEHIND * min(best):
                 continue
+            if best[i] < _SPINNING or not done:
+                way()
             start = time.perf_counter()
             way()
             best[i] = min(best[i], time.perf_counter() - start)
