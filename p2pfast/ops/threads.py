@@ -1,4 +1,4 @@
-"""The threads of operators that run between PyTorch's own."""
+"""The threads of operators and plans, which run between PyTorch's own operations."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from p2pfast import _C
 from p2pfast.fuse.graph import Graph
 from p2pfast.fuse.source import GraphSource, ModuleSource
 from p2pfast.labelmap import LabelMap
+from p2pfast.ops.threads import use_torch_threads
 from p2pfast.runtime.engine import Dense, Engine, Prepared, update_running
 from p2pfast.runtime.memory import OutOfMemory, allocate, readable
 from p2pfast.runtime.plan import Plan
@@ -45,7 +46,7 @@ class CpuEngine(Engine):
         self.may_lose = memory_limit is None  # PyTorch has none
 
     def _conditions(self) -> tuple[Any, ...]:
-        _C.set_num_threads(torch.get_num_threads())
+        use_torch_threads()
         return _C.active_level(), torch.get_num_threads()
 
     def _plan(self, graph: Graph, modules: dict[str, Any], inputs: dict[str, Any], taken: int) -> Plan:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from p2pfast import _C
 from p2pfast.ops.cuda import launch, require_kernel
+from p2pfast.ops.threads import use_torch_threads
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -64,7 +65,7 @@ def image_uint8(x: Tensor, tanh: bool = False) -> Tensor:
         ValueError: not four dimensions, or not 1 to 4 channels.
     """
     out = torch.empty(_check(x), dtype=torch.uint8)
-    _C.set_num_threads(torch.get_num_threads())
+    use_torch_threads()
     _C.image_uint8(**_numbers(x.detach(), tanh, out))
     return out
 

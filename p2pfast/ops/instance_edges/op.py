@@ -5,6 +5,7 @@ from torch import Tensor
 
 from p2pfast import _C
 from p2pfast.ops.cuda import launch, require_kernel
+from p2pfast.ops.threads import use_torch_threads
 
 _INTEGERS = (
     torch.uint8,
@@ -69,7 +70,7 @@ def instance_edges(ids: Tensor) -> Tensor:
     """
     rows = _rows(ids)
     edges = torch.empty(ids.shape, dtype=torch.uint8)
-    _C.set_num_threads(torch.get_num_threads())
+    use_torch_threads()
     _C.instance_edges(**_numbers(rows, edges))
     return edges
 

@@ -9,6 +9,7 @@ from p2pfast import _C
 from p2pfast.ops.cuda import launch, require_kernel
 from p2pfast.ops.instance_pool.reference import SIGNED
 from p2pfast.ops.pointwise import TYPES, dense
+from p2pfast.ops.threads import use_torch_threads
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *SIGNED)
 
@@ -105,7 +106,7 @@ def instance_pool(features: Tensor, ids: Tensor) -> Tensor:
     shape = _strides(single)
     regions = torch.empty(ids.numel(), dtype=torch.int32)
     first = torch.empty(shape["images"] + 1, dtype=torch.int64)
-    _C.set_num_threads(torch.get_num_threads())
+    use_torch_threads()
     numbers = {"regions": regions.data_ptr(), "first": first.data_ptr()}
     _C.instance_regions(
         ids=ids.data_ptr(),

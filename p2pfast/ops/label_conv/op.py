@@ -8,6 +8,7 @@ from torch import Tensor
 from p2pfast import _C
 from p2pfast.ops.cuda import require_kernel
 from p2pfast.ops.label_conv.cuda import LabelConvGeometry, convolve_labels, pack_tables
+from p2pfast.ops.threads import use_torch_threads
 
 _INTEGERS = (
     torch.uint8,
@@ -160,7 +161,7 @@ def label_conv(
     """
     shape = _check(labels, edges, weight, bias, num_classes, pool_levels, padding_mode, dtype)
     batch, cout, height, width = shape
-    _C.set_num_threads(torch.get_num_threads())
+    use_torch_threads()
     labels = labels.contiguous()
     _check_range(labels, num_classes)
     labels = labels.to(torch.uint8)

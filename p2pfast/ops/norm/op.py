@@ -9,6 +9,7 @@ from p2pfast import _C
 from p2pfast.ops.conv.activation import activation_code
 from p2pfast.ops.conv.source import describe_output, describe_source, readable
 from p2pfast.ops.gpu import require_triton
+from p2pfast.ops.threads import use_torch_threads
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -159,7 +160,7 @@ def instance_norm_act(
     source = readable(x)
     weight = None if weight is None else weight.detach().to(torch.float32).contiguous()
     bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
-    _C.set_num_threads(torch.get_num_threads())
+    use_torch_threads()
     if mean is not None and variance is not None:
         merged = _frozen(mean, variance, eps, weight, bias)
     else:
