@@ -66,8 +66,13 @@ def fastest(key: tuple[object, ...], *ways: Callable[[], T]) -> T:
     return next(way for way in ways if way.__name__ == pick(key, *ways))()
 
 
-def pick(key: tuple[object, ...], *ways: Callable[[], object], seconds: float = 0.0) -> str:
-    """The name of the fastest of ``ways``, as :func:`fastest` takes it; each is timed for ``seconds``."""
+def pick(
+    key: tuple[object, ...], *ways: Callable[[], object], seconds: float = 0.0, lead: float = 0.0
+) -> str:
+    """The name of the fastest of ``ways``, as :func:`fastest` takes it; each is timed for ``seconds``.
+
+    The first is kept unless another is faster by a share ``lead`` of its time.
+    """
     if len(ways) == 1 or fixed():
         return ways[-1].__name__
     key = (
@@ -77,11 +82,13 @@ def pick(key: tuple[object, ...], *ways: Callable[[], object], seconds: float = 
         os.environ.get("P2PFAST_CACHE_DIR"),
     )
     if key not in _chosen:
-        _chosen[key] = _choose(key[:-1], ways, seconds)
+        _chosen[key] = _choose(key[:-1], ways, seconds, lead)
     return _chosen[key]
 
 
-def _choose(key: tuple[object, ...], ways: tuple[Callable[[], object], ...], seconds: float) -> str:
+def _choose(
+    key: tuple[object, ...], ways: tuple[Callable[[], object], ...], seconds: float, lead: float
+) -> str:
     from p2pfast import __version__
 
     machine = (_C.processor_name(), _C.active_level(), __version__, torch.__version__)
@@ -92,6 +99,7 @@ def _choose(key: tuple[object, ...], ways: tuple[Callable[[], object], ...], sec
     if known in names:
         return known
     times = _seconds(ways, seconds)
+    times[0] *= 1 - lead
     return _settle(path, signature, names[times.index(min(times))], names, again)
 
 

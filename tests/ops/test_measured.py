@@ -113,3 +113,9 @@ def test_a_layer_computes_the_same_in_the_next_process(folder: Path, monkeypatch
     new_process(monkeypatch)
     monkeypatch.setattr(measured, "_seconds", lambda *a: pytest.fail("measured again"))
     assert all(torch.equal(a, b) for a, b in zip(first, step(), strict=True))
+
+
+def test_the_first_is_kept_unless_another_leads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "_seconds", lambda ways, seconds: [1.0, 0.97])
+    assert measured.pick(("tie",), slow, quick, lead=0.05) == "slow"
+    assert measured.pick(("no tie",), slow, quick, lead=0.02) == "quick"
