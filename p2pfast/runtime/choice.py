@@ -34,6 +34,7 @@ _EFFICIENCY = (0.85, 0.7, 0.8, 0.6, 0.7, 0.5, 0.6)
 # Products of bfloat16 pairs against those of float32, where the processor has instructions for them.
 _PAIRS_SPEEDUP = 1.8
 
+_TRIALS = 2  # one more whenever trials, candidates or what they pack change: older choices no longer hold
 _TUNING_MULTIPLICATIONS = 0.6e9  # of one timed run, as a convolution is defined
 _TUNING_CHANNELS = 256  # outputs that a run keeps at least: enough panels for every thread
 _TUNING_SECONDS = 0.1  # for repeating what is close
@@ -123,9 +124,8 @@ def default_budget(parameter_bytes: int) -> int:
 
 # Outputs of a tile and dimension, before a transposed convolution doubles them.
 _TILE = {WINOGRAD: 4, WINOGRAD2: 2, STREAMED: 4, STREAMED2: 2, WINOGRAD6: 6}
-_MOST_AT_ONCE = (
-    600  # tiles: of more, the points do not stay in a cache, and blocks of tiles are always quicker
-)
+# Tiles: the points of more do not stay in a cache, and blocks of tiles are always quicker.
+_MOST_AT_ONCE = 600
 _ROWS = 6  # tiles that the matrix kernel takes at a time; 4 or 5 left over are nearly as good
 
 
@@ -147,7 +147,7 @@ def _balanced(algorithm: int, block: int, args: dict[str, Any]) -> int:
     Statistics are merged block by block. Without measurements ``block`` stays as it is, and results do not
     depend on the number of threads.
     """
-    if algorithm not in _TILE or algorithm in _STREAMED or block == 0 or tuning() == "off":
+    if algorithm not in _TILE or _at_once(algorithm, block) or tuning() == "off":
         return block
     tiles, threads = _tiles(algorithm, args), _C.num_threads()
     rounds = -(-tiles // (block * threads))
@@ -197,7 +197,7 @@ def _signature(args: dict[str, Any], narrow: tuple[int, ...]) -> str:
     ]
     shape["out_dtype"] = args["out"].get("dtype", 0)
     shape["out_planar"] = args["out"].get("channel_stride", 1) != 1
-    machine = (_C.processor_name(), _C.active_level(), _C.num_threads(), __version__, len(ALGORITHMS))
+    machine = (_C.processor_name(), _C.active_level(), _C.num_threads(), __version__, _TRIALS)
     return json.dumps([shape, narrow, machine, *_in_pairs(narrow, args)], sort_keys=True)
 
 

@@ -393,43 +393,16 @@ def _conv(
         dilation,
         groups,
     )
+    common = (
+        *(x, weight, bias, shape, stride, padding, transposed, padding_mode),
+        *(scale, shift, input_act, input_slope, act, slope),
+    )
     if x[0].device.type == "cuda":
         require_triton()
         from p2pfast.ops.conv.gpu.op import run  # imports triton, which a machine without a GPU need not have
 
-        return run(
-            x,
-            weight,
-            bias,
-            shape,
-            stride,
-            padding,
-            transposed,
-            padding_mode,
-            scale,
-            shift,
-            input_act,
-            input_slope,
-            act,
-            slope,
-        )
-    return run_conv(
-        x,
-        weight,
-        bias,
-        shape,
-        stride,
-        padding,
-        transposed,
-        padding_mode,
-        scale,
-        shift,
-        input_act,
-        input_slope,
-        act,
-        slope,
-        algorithm,
-    )
+        return run(*common)
+    return run_conv(*common, algorithm)
 
 
 @_conv.register_fake
