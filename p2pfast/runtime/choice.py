@@ -36,7 +36,7 @@ _PAIRS_SPEEDUP = 1.8
 
 _TRIALS = 2  # one more whenever trials, candidates or what they pack change: older choices no longer hold
 _TUNING_MULTIPLICATIONS = 0.6e9  # of one timed run, as a convolution is defined
-_TUNING_CHANNELS = 256  # outputs that a run keeps at least: enough panels for every thread
+_TUNING_CHANNELS = 128  # outputs that a run keeps at least: enough panels for every thread
 _TUNING_SECONDS = 0.1  # for repeating what is close
 _SHORT = 0.01  # seconds of a timed run whose first time says little
 # For estimates of unmeasured choices: multiplications a second, and bytes of weights that come from memory.
@@ -289,7 +289,8 @@ def _shortened(args: dict[str, Any]) -> tuple[dict[str, Any], float]:
         else:
             short["out_height"] = (height + 2 * args.get("pad_top", 0) - args["kernel_h"]) // stride + 1
         kept = height / args["height"]
-    channels = max(_TUNING_CHANNELS, int(args["out_channels"] * share / kept) // 128 * 128)
+    least = max(_TUNING_CHANNELS, 32 * _C.num_threads())
+    channels = max(least, int(args["out_channels"] * share / kept) // least * least)
     if channels < args["out_channels"]:
         short["out_channels"] = channels
         kept *= channels / args["out_channels"]
