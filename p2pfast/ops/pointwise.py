@@ -10,11 +10,14 @@ from torch import Tensor
 
 from p2pfast import _C
 from p2pfast.ops.cuda import has_kernel, launch, native, require_kernel
+from p2pfast.ops.pages import in_large_pages
 from p2pfast.ops.threads import use_torch_threads
 
 # In the order of the native enumeration (csrc/cpu/pointwise_loss.h).
 LOSSES = ("logistic", "square", "hinge", "linear", "absolute_difference", "squared_difference")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_LARGE = 1 << 20  # values: such memory is new at every call, and half of the time goes into its page faults
 
 
 def has_native(tensors: Sequence[Tensor]) -> bool:
@@ -57,7 +60,7 @@ class Call(NamedTuple):
     arguments: dict[str, Any]
     out: Tensor
     gradients: list[Tensor]
-    kept: tuple[list[Tensor], list[Tensor]]
+    kept: list[Tensor]
 
 
 def _call(
@@ -68,19 +71,28 @@ def _call(
     weights: Sequence[float],
     gradient: bool,
 ) -> Call:
-    a = [dense(x.detach()) for x in a]
-    others = a if b is None else [dense_like(y.detach(), x) for x, y in zip(a, b, strict=True)]
-    gradients = [torch.empty_like(x) for x in a] if gradient else []
-    missing = gradient_weights(a, weights)
-    parts = []
-    for i, (x, y, weight) in enumerate(zip(a, others, weights, strict=True)):
-        stored = 1.0 if missing[i] != 1.0 else weight
-        address = gradients[i].data_ptr() if gradient else 0
-        kinds = (TYPES[x.dtype], TYPES[y.dtype])
-        parts.append((x.data_ptr(), y.data_ptr(), address, x.numel(), *kinds, weight, stored))
+    parts, gradients, kept = [], [], []
+    for i, weight in enumerate(weights):
+        x = dense(a[i])
+        dtype, place, count = x.dtype, x.data_ptr(), x.numel()
+        kind = of_b = TYPES[dtype]
+        place_b, address = place, 0
+        if b is not None:
+            y = dense_like(b[i], x)
+            kept.append(y)
+            place_b, of_b = y.data_ptr(), TYPES[y.dtype]
+        if gradient:
+            made = torch.empty_like(x)
+            if count >= _LARGE and x.is_cpu:
+                in_large_pages(made)
+            gradients.append(made)
+            address = made.data_ptr()
+        kept.append(x)
+        stored = 1.0 if dtype is torch.float16 else weight
+        parts.append((place, place_b, address, count, kind, of_b, weight, stored))
     out = torch.empty((), dtype=torch.float32, device=a[0].device)
     arguments = {"loss": LOSSES.index(loss), "target": target, "parts": parts, "out": out.data_ptr()}
-    return Call(arguments, out, gradients, (a, others))
+    return Call(arguments, out, gradients, kept)
 
 
 def run_pointwise(
@@ -121,48 +133,56 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_direct(tensors: Sequence[Tensor]) -> bool:
-    """Whether ``DirectLoss`` does: plain CPU tensors that nobody traces or transforms."""
+    """Whether ``direct_loss`` does: plain CPU tensors of its dtypes that nobody traces or transforms."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(type(x) in _PLAIN and x.device.type == "cpu" for x in tensors)
+    for x in tensors:
+        if type(x) not in _PLAIN or not x.is_cpu or x.dtype not in TYPES:
+            return False
+    return True
+
+
+class Sum(NamedTuple):
+    """A loss as ``run_pointwise`` takes it, but for ``a``; ``reference(a)`` is the same by operators that can
+    be differentiated."""
+
+    loss: str
+    target: float
+    b: Sequence[Tensor] | None
+    weights: Sequence[float]
+    reference: Callable[[Sequence[Tensor]], Tensor]
+
+
+def direct_loss(given: Sum, a: Sequence[Tensor]) -> Tensor:
+    """The loss without a registered operator, which takes ten times as long to call as the losses of a small
+    discriminator take to compute. Needs ``is_direct`` of all tensors."""
+    if torch.is_grad_enabled():
+        result: Tensor = DirectLoss.apply(given, *a)
+        return result
+    return run_pointwise(given.loss, given.target, a, given.b, given.weights, False)[0]
 
 
 class DirectLoss(torch.autograd.Function):
-    """The loss and its backward pass without a registered operator, which takes ten times as long to call as
-    the losses of a small discriminator take to compute.
-
-    ``apply(loss, target, weights, reference, pairs, *a, *b)``: as ``run_pointwise`` takes them, with as many
-    ``a``; ``reference(a)`` is the loss of ``a`` by operators that can be differentiated.
-    """
-
     @staticmethod
-    def forward(
-        ctx: Any,
-        loss: str,
-        target: float,
-        weights: Sequence[float],
-        reference: Callable[[Sequence[Tensor]], Tensor],
-        pairs: int,
-        *tensors: Tensor,
-    ) -> Tensor:
-        a, b = tensors[:pairs], tensors[pairs:]
-        wanted = any(ctx.needs_input_grad)
-        out, gradients = run_pointwise(loss, target, a, b or None, weights, wanted)
-        ctx.weights, ctx.reference, ctx.pairs, ctx.given = weights, reference, pairs, len(tensors)
+    def forward(ctx: Any, given: Sum, *a: Tensor) -> Tensor:
+        wanted = True in ctx.needs_input_grad
+        out, gradients = run_pointwise(given.loss, given.target, a, given.b, given.weights, wanted)
+        ctx.given = given
         ctx.save_for_backward(*a, *gradients)
         return out
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        a, gradients = ctx.saved_tensors[: ctx.pairs], ctx.saved_tensors[ctx.pairs :]
+        saved = ctx.saved_tensors
+        a, gradients = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         found: Sequence[Tensor | None]
         if torch.is_grad_enabled():
-            found = differentiable(ctx.reference, a, upstream)
+            found = differentiable(ctx.given.reference, a, upstream)
         else:
-            found = scaled(gradients, gradient_weights(a, ctx.weights), upstream)
-        return *(None,) * 5, *found, *(None,) * (ctx.given - ctx.pairs)
+            found = scaled(gradients, gradient_weights(a, ctx.given.weights), upstream)
+        return None, *found
 
 
 def fake_pointwise(a: Sequence[Tensor], gradient: bool) -> tuple[Tensor, list[Tensor]]:

@@ -215,6 +215,23 @@ def test_a_skip_connection_keeps_raw_outputs_only() -> None:
     assert plain >= 2 * ours
 
 
+def test_autocast_keeps_no_copy_of_the_weights() -> None:
+    """They are lowered again in the backward pass, whose gradients are the weights' own precision."""
+    x = torch.randn(1, 64, 4, 4).bfloat16().contiguous(memory_format=torch.channels_last)
+    weights = [torch.randn(64, 64, 3, 3, requires_grad=True) for _ in range(2)]
+
+    def run() -> Tensor:
+        y = x
+        with torch.autocast("cpu", torch.bfloat16):
+            for w in weights:
+                y = conv_norm_act(y, w, padding=1, norm="instance", act="relu")
+        return y
+
+    assert storages_alive(run, [x, *weights]) < 5 * x.nbytes  # a copy of a weight has 36 times as many bytes
+    run().float().square().sum().backward()
+    assert all(w.grad is not None and w.grad.dtype == torch.float32 for w in weights)
+
+
 def test_a_finished_backward_pass_frees_what_was_joined() -> None:
     """Also while the loss is held, as training loops do."""
     x = torch.randn(1, 8, 32, 32).contiguous(memory_format=torch.channels_last)

@@ -9,9 +9,14 @@ namespace {
 
 constexpr int64_t kFloatSum = 1024;  // values added up in float32 before float64 takes over
 
+constexpr int64_t kStreamed = int64_t{8} << 20;  // bytes: more than what reads a gradient finds in a cache
+constexpr int64_t kAlone = 65536;                // values that are no work for more than one thread
+
 struct Result {
   Vec loss, gradient;
 };
+
+enum class Gradient { kNone, kStored, kStreamed };
 
 // log(1 + y) for y in [0, 1], as 2 atanh(y / (2 + y)): relative error below 2e-7, also for tiny y.
 P2PFAST_INLINE Vec log1p_vec(Vec y) {
@@ -57,7 +62,7 @@ constexpr bool has_two(Loss loss) {
   return loss == Loss::kAbsoluteDifference || loss == Loss::kSquaredDifference;
 }
 
-template <class A, class B, Loss kLoss, bool kGradient>
+template <class A, class B, Loss kLoss, Gradient kGradient>
 double run_chunk(const A* a, const B* b, A* gradient, int64_t count, float target_value, float weight) {
   const Vec target = splat(target_value), weights = splat(weight);
   double total = 0;
@@ -70,7 +75,8 @@ double run_chunk(const A* a, const B* b, A* gradient, int64_t count, float targe
         const int64_t at = i + k * kLanes;
         const Result r = evaluate<kLoss>(load(a + at), has_two(kLoss) ? load(b + at) : Vec{}, target);
         sum[k] += r.loss;
-        if constexpr (kGradient) store(gradient + at, r.gradient * weights);
+        if constexpr (kGradient == Gradient::kStored) store(gradient + at, r.gradient * weights);
+        if constexpr (kGradient == Gradient::kStreamed) stream(gradient + at, r.gradient * weights);
       }
     }
     for (int lane = 0; lane < kLanes; ++lane) total += sum[0][lane] + sum[1][lane];
@@ -83,11 +89,12 @@ double run_chunk(const A* a, const B* b, A* gradient, int64_t count, float targe
     if constexpr (has_two(kLoss)) std::memcpy(rest_b, b + i, static_cast<size_t>(n) * sizeof(B));
     const Result r = evaluate<kLoss>(load(rest_a), load(rest_b), target);
     for (int64_t lane = 0; lane < n; ++lane) total += r.loss[lane];
-    if constexpr (kGradient) {
+    if constexpr (kGradient != Gradient::kNone) {
       store(out, r.gradient * weights);
       std::memcpy(gradient + i, out, static_cast<size_t>(n) * sizeof(A));
     }
   }
+  if constexpr (kGradient == Gradient::kStreamed) finish_streams();
   return total;
 }
 
@@ -95,9 +102,15 @@ template <class A, class B, Loss kLoss>
 double run_part(const LossPart& part, int64_t first, int64_t count, float target) {
   const A* const a = static_cast<const A*>(part.a) + first;
   const B* const b = has_two(kLoss) ? static_cast<const B*>(part.b) + first : nullptr;
-  if (!part.gradient) return run_chunk<A, B, kLoss, false>(a, b, nullptr, count, target, 0.0f);
+  if (!part.gradient) return run_chunk<A, B, kLoss, Gradient::kNone>(a, b, nullptr, count, target, 0.0f);
   A* const gradient = static_cast<A*>(part.gradient) + first;
-  return run_chunk<A, B, kLoss, true>(a, b, gradient, count, target, part.gradient_weight);
+  const float weight = part.gradient_weight;
+  if constexpr (sizeof(A) == sizeof(float)) {
+    const bool aligned = reinterpret_cast<uintptr_t>(gradient) % sizeof(Vec) == 0;
+    if (aligned && part.count * static_cast<int64_t>(sizeof(A)) >= kStreamed)
+      return run_chunk<A, B, kLoss, Gradient::kStreamed>(a, b, gradient, count, target, weight);
+  }
+  return run_chunk<A, B, kLoss, Gradient::kStored>(a, b, gradient, count, target, weight);
 }
 
 template <class A, Loss kLoss>
@@ -110,7 +123,7 @@ double run_typed(const LossPart& part, int64_t first, int64_t count, float targe
 
 template <Loss kLoss>
 void run_loss(const LossArgs& args) {
-  parallel_for(args.chunks, [&](int64_t chunk, int) {
+  auto run_one = [&](int64_t chunk, int) {
     // The last part that begins here or before: empty ones begin where the next one does.
     int64_t p = args.count - 1;
     while (args.parts[p].first_chunk > chunk) --p;
@@ -121,7 +134,14 @@ void run_loss(const LossArgs& args) {
                : part.type == ValueType::kBFloat16 ? run_typed<bf16, kLoss>
                                                    : run_typed<Half, kLoss>;
     args.sums[chunk] = run(part, first, count, args.target);
-  });
+  };
+  // A logarithm and an exponential take as long as 16 simpler losses.
+  const int64_t values = args.chunks * kLossChunk * (kLoss == Loss::kLogistic ? 16 : 1);
+  if (values <= kAlone) {
+    for (int64_t chunk = 0; chunk < args.chunks; ++chunk) run_one(chunk, 0);
+  } else {
+    parallel_for(args.chunks, run_one);
+  }
 }
 
 void run(const LossArgs& args) {

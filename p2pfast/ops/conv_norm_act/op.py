@@ -90,7 +90,8 @@ def conv_norm_act(
     came out of a layer like this one: it is made again from what that layer keeps. float32 and bfloat16 on
     the CPU, and float16 too on a GPU, where convolutions and their gradients are the library's (cuDNN) and
     the norm's passes Triton's. Other dtypes, gelu on the CPU, and everything under torch.compile run the same
-    through PyTorch's autograd. Under autocast the convolution's operands are lowered, statistics are not.
+    through PyTorch's autograd. Under autocast the convolution's operands are lowered, statistics are not; the
+    weight is lowered once more in the backward pass, so that no copy of it is kept.
 
     Args:
         x: (N, C, H, W). The fused path takes it as channels_last (a copy, if it is not).
@@ -142,8 +143,8 @@ def conv_norm_act(
         with torch.autocast(kind, enabled=False), kept_as_recipes([(source, recipe)]):
             y, raw, mean, variance = _ConvNormAct.apply(
                 source,
-                weight.to(lowered),
-                None if bias is None else bias.to(lowered),
+                weight,
+                bias,
                 norm_weight,
                 norm_bias,
                 None if residual is None else residual.to(lowered),
@@ -211,7 +212,8 @@ class _ConvNormAct(torch.autograd.Function):
         running_var: Tensor | None,
         options: _Options,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        raw = _channels_last(convolution.forward(x, weight, bias, options.geometry))
+        given = None if bias is None else bias.to(x.dtype)
+        raw = _channels_last(convolution.forward(x, weight.to(x.dtype), given, options.geometry))
         act, slope = options.act, options.slope
         nothing = raw.new_empty(0)
         kept: Tensor | None
@@ -284,10 +286,12 @@ class _ConvNormAct(torch.autograd.Function):
             own = options.norm != "none" and not options.frozen
             of_bias = of_raw.new_zeros(of_raw.shape[1]) if own else of_raw.float().sum((0, 2, 3))
             of_bias = of_bias.to(bias.dtype)
-        if needs[1]:
-            of_weight = convolution.weight_gradient(of_raw, _channels_last(x), weight, options.geometry)
+        lowered = weight.to(of_raw.dtype)
         if needs[0]:
-            of_x = convolution.data_gradient(of_raw, ctx.size, weight, options.geometry)
+            of_x = convolution.data_gradient(of_raw, ctx.size, lowered, options.geometry)
+        if needs[1]:
+            of_weight = convolution.weight_gradient(of_raw, _channels_last(x), lowered, options.geometry)
+            of_weight = of_weight.to(weight.dtype)
         return of_x, of_weight, of_bias, of_norm_weight, of_norm_bias, of_residual, None, None, None
 
 
@@ -296,7 +300,8 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     weight, bias, norm_weight, norm_bias, residual, _, mean, variance, x = ctx.saved_tensors
     inputs = [x, weight, bias, norm_weight, norm_bias, residual]
     with torch.autocast(grad.device.type, enabled=False):
-        y = ctx.options.reference(*inputs, mean, variance)
+        lowered = [None if t is None else t.to(x.dtype) for t in (weight, bias)]
+        y = ctx.options.reference(x, *lowered, *inputs[3:], mean, variance)
     wanted = [t for t in inputs if t is not None and t.requires_grad]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
     gradients = [next(found) if t is not None and t.requires_grad else None for t in inputs]

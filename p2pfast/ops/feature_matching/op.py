@@ -8,9 +8,10 @@ from torch import Tensor
 
 from p2pfast.ops.feature_matching.reference import feature_matching_reference
 from p2pfast.ops.pointwise import (
-    DirectLoss,
+    Sum,
     check_devices,
     differentiable,
+    direct_loss,
     fake_pointwise,
     gradient_weights,
     has_native,
@@ -79,9 +80,8 @@ def feature_matching(
         def reference(x: Sequence[Tensor]) -> Tensor:
             return feature_matching_reference(x, matched, weights, squared)
 
-        means = _mean_weights(fake, weights)
-        result: Tensor = DirectLoss.apply(_kind(squared), 0.0, means, reference, len(fake), *fake, *real)
-        return result
+        given = Sum(_kind(squared), 0.0, matched, _mean_weights(fake, weights), reference)
+        return direct_loss(given, fake)
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in fake)
     return _feature_matching(fake, real, weights, squared, gradient)[0]
 

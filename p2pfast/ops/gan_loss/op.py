@@ -8,9 +8,10 @@ from torch import Tensor
 
 from p2pfast.ops.gan_loss.reference import gan_loss_reference
 from p2pfast.ops.pointwise import (
-    DirectLoss,
+    Sum,
     check_devices,
     differentiable,
+    direct_loss,
     fake_pointwise,
     gradient_weights,
     has_native,
@@ -59,19 +60,16 @@ def gan_loss(predictions: Sequence[Tensor], loss: str, target: float, weight: fl
         ValueError: no predictions, an empty one, predictions on different devices, or another loss.
     """
     predictions = list(predictions)
-    _check(predictions, loss)
-    if not has_native(predictions):
-        return gan_loss_reference(predictions, loss, target, weight)
-    if is_direct(predictions):
+    if loss in _LOSSES and predictions and is_direct(predictions) and all(x.numel() for x in predictions):
 
         def reference(x: Sequence[Tensor]) -> Tensor:
             return gan_loss_reference(x, loss, target, weight)
 
-        weights = _weights(predictions, weight)
-        result: Tensor = DirectLoss.apply(
-            loss, float(target), weights, reference, len(predictions), *predictions
-        )
-        return result
+        given = Sum(loss, float(target), None, _weights(predictions, weight), reference)
+        return direct_loss(given, predictions)
+    _check(predictions, loss)
+    if not has_native(predictions):
+        return gan_loss_reference(predictions, loss, target, weight)
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in predictions)
     return _gan_loss(predictions, loss, float(target), float(weight), gradient)[0]
 
