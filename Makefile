@@ -16,6 +16,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export OMP_NUM_THREADS ?= 2
+# Processes that run tests side by side; empty for one.
+TEST_PROCESSES ?= -n auto --maxprocesses 4 --dist worksteal
 
 NATIVE := $(shell find csrc cmake -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cmake' \))
 
@@ -26,7 +28,7 @@ demo: build
 	$(BIN)/p2pfast demo
 
 test: build
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q $(TEST_PROCESSES) tests
 
 bench: build
 	mkdir -p build
@@ -46,7 +48,7 @@ sanitize: $(VENV)/tools.stamp
 
 test-wide: build
 	P2PFAST_EMULATE_WIDE=1 P2PFAST_CUDA=0 $(BIN)/python setup.py -q build_ext --build-lib build/wide
-	P2PFAST_TEST_MODULE=$$(echo build/wide/p2pfast/_C.*.so) $(BIN)/python -m pytest -q tests/ops tests/native
+	P2PFAST_TEST_MODULE=$$(echo build/wide/p2pfast/_C.*.so) $(BIN)/python -m pytest -q $(TEST_PROCESSES) tests/ops tests/native
 
 build: $(VENV)/installed.stamp
 

@@ -5,7 +5,8 @@
 Engines take turns, so that a busy moment of the machine meets them all. Peers get the dense tensor, made
 before the clock starts; p2pfast gets what a user has, label maps for the networks that read them. A row an
 engine: seconds, and against float32 eager the relative L2 error and the PSNR (peak 2, the range of tanh).
-Written are a JSON file with hardware and versions, and its rows as CSV beside it.
+Written are a JSON file with hardware and versions, and its rows as CSV beside it. Of a file from the same
+hardware and versions, the cases that are not run again stay.
 
 Needs the extra "bench": onnxruntime, openvino, onnx, onnxscript. An engine that is not installed is left out.
 """
@@ -173,11 +174,19 @@ def measure(case: str, wanted: list[str], rounds: int) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
+def others(path: Path, machine: dict[str, Any], cases: list[str]) -> list[dict[str, Any]]:
+    """Rows of a file's other cases, if it was made on this machine with these versions."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    if {k: v for k, v in found.items() if k != "rows"} != machine:
+        raise SystemExit(f"{path} is of another machine or other versions: name a new file")
+    return [row for row in found["rows"] if f"{row['network']}:{row['size']}" not in cases]
+
+
+def write(path: Path, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps({**hardware("openvino", "onnxruntime", "numpy"), "rows": rows}, indent=1) + "\n"
-    )
+    path.write_text(json.dumps({**machine, "rows": rows}, indent=1) + "\n")
     with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -191,14 +200,15 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES, metavar="ENGINE")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    machine = hardware("openvino", "onnxruntime", "numpy")
+    rows = others(options.output, machine, options.cases)
     for case in options.cases:
         found = measure(case, options.engines, options.rounds)
         for row in found:
             psnr = "" if row["psnr_db"] is None else f"  {row['psnr_db']:.1f} dB"
             print(f"{case:28} {row['engine']:22} {row['median_s'] * 1e3:9.1f} ms{psnr}", flush=True)
         rows += found
-        write(options.output, rows)  # after each case: an interrupted series is not lost
+        write(options.output, machine, rows)  # after each case: an interrupted series is not lost
     sys.exit(0 if rows else 1)
 
 

@@ -22,10 +22,9 @@ if os.environ.get("P2PFAST_TEST_MODULE"):
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from levels import RUNNABLE_LEVELS, TESTED_LEVELS  # noqa: E402
 
 from p2pfast import _C  # noqa: E402
-
-RUNNABLE_LEVELS = [level for level in _C.levels() if not _C.missing_for(level)]
 
 
 def pytest_report_header() -> list[str]:
@@ -43,9 +42,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-@pytest.fixture(params=RUNNABLE_LEVELS)
+@pytest.fixture(params=TESTED_LEVELS)
 def cpu_level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test at every instruction-set level of this machine; the session's header lists the others."""
+    """Runs the test at every instruction-set level that this build is tested for and the machine has."""
     before = _C.active_level()
     _C.set_active_level(request.param)
     yield request.param
