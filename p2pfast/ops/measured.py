@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 _REPEATS = 2  # timed runs of each way after one to warm up; the least counts
 _SPINNING = 0.02  # seconds of a run that threads left spinning before it can delay noticeably
+_LONG = 1.0  # seconds of a run beside which what only a first run does is small
 _MOST_REPEATS = 20
 _FAR_BEHIND = 2.0  # times the best: more than what others on the machine do to one run
 _chosen: dict[tuple[object, ...], str] = {}
@@ -108,18 +109,22 @@ def _seconds(ways: tuple[Callable[[], object], ...], seconds: float) -> list[flo
     far behind after a round take no part in the next.
 
     Of short ways the second of two runs is timed, as they are called in use: threads of the way before may
-    still be spinning in the first.
+    still be spinning in the first. Of long ways the first counts: it says enough of those that are many times
+    slower (bfloat16 without instructions for it).
     """
     best, begin, done = [float("inf")] * len(ways), time.perf_counter(), 0
     while done < _REPEATS or (time.perf_counter() - begin < seconds * len(ways) and done < _MOST_REPEATS):
         for i, way in enumerate(ways):
             if done and best[i] > _FAR_BEHIND * min(best):
                 continue
-            if best[i] < _SPINNING or not done:
-                way()
             start = time.perf_counter()
             way()
-            best[i] = min(best[i], time.perf_counter() - start)
+            taken = time.perf_counter() - start
+            if best[i] < _SPINNING or (not done and taken < _LONG):
+                start = time.perf_counter()
+                way()
+                taken = time.perf_counter() - start
+            best[i] = min(best[i], taken)
         done += 1
     return best
 

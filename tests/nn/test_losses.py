@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from p2pfast import models
+from p2pfast import _C, models
 from p2pfast.nn import (
     CycleLoss,
     FeatureMatchingLoss,
@@ -78,6 +78,23 @@ def test_gan_loss_refuses_empty_lists() -> None:
     for prediction in ([], [[]]):
         with pytest.raises(ValueError, match="prediction"):
             GANLoss()(prediction, True)
+
+
+def test_scales_and_features_are_one_native_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That makes the gradients along with the loss: the backward pass makes no call."""
+    calls: list[int] = []
+    native = _C.pointwise_loss
+
+    def counted(**arguments: Any) -> None:
+        calls.append(len(arguments["parts"]))
+        native(**arguments)
+
+    monkeypatch.setattr(_C, "pointwise_loss", counted)
+    fake = [[f.requires_grad_() for f in scale] for scale in outputs()]
+    GANLoss("vanilla")(fake, True).backward()
+    FeatureMatchingLoss()(fake, outputs()).backward()
+    assert calls == [len(SCALES), 2 * len(SCALES)]
+    assert all(f.grad is not None for scale in fake for f in scale)
 
 
 def test_feature_matching() -> None:

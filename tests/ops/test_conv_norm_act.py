@@ -424,6 +424,11 @@ def test_native_weight_gradients(dtype: torch.dtype, algorithm: str) -> None:
         assert got.is_contiguous() and got.dtype == dtype and torch.equal(got, found[1])
         tolerance = 2e-5 if dtype == torch.float32 else 1e-2
         assert (got.double() - expected).abs().max() <= tolerance * expected.abs().max()
+        if dtype == torch.bfloat16:  # the float32 sums themselves, under autocast
+            numbers = (kernel, kernel), stride, padding, mode
+            exact = weight_gradient(grad, x, *numbers, algorithm, torch.float32)
+            assert exact.dtype == torch.float32 and torch.equal(exact.bfloat16(), got)
+            assert (exact.double() - expected).abs().max() <= 2e-4 * expected.abs().max()
 
 
 def padded_by(x: Tensor, padding: int, mode: str) -> Tensor:

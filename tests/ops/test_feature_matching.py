@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from p2pfast import _C
 from p2pfast.ops.feature_matching import feature_matching, feature_matching_reference
 from p2pfast.ops.feature_matching.op import _feature_matching
 
@@ -42,6 +43,21 @@ def test_value_and_gradient(
         torch.testing.assert_close(
             g.double(), w, rtol=tolerance, atol=6e-8 if dtype == torch.float16 else 0.0
         )
+
+
+def test_gradients_larger_than_a_cache(cpu_level: str) -> None:
+    """They are written past the caches, at their ends and where they are not aligned as usual."""
+    count = (2 << 20) + 8192 + 5
+    fake, real = torch.randn(1, count), torch.randn(1, count)
+    fake.requires_grad_()
+    loss = feature_matching([fake], [real], [2.0])
+    torch.testing.assert_close(loss, 2.0 * (fake.detach() - real).abs().mean(), rtol=1e-5, atol=0.0)
+    (got,) = torch.autograd.grad(loss, fake)
+    assert torch.equal(got, (fake.detach() - real).sign() * torch.tensor(2.0 / count))
+    flat, out = torch.full((count + 1,), float("nan")), torch.empty(())
+    parts = [(fake.data_ptr(), real.data_ptr(), flat.data_ptr() + 4, count, 0, 0, 1.0, 2.0 / count)]
+    _C.pointwise_loss(loss=4, target=0.0, parts=parts, out=out.data_ptr())
+    assert torch.equal(flat[1:], got[0]) and flat[0].isnan()
 
 
 def test_the_real_side_has_no_gradient() -> None:

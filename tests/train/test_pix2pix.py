@@ -100,6 +100,16 @@ def test_mixed_precision_follows_float32(tiny: Callable[..., Config], amp: str) 
             assert differ <= max(1, 0.2 * value.numel()), (name, key, int(differ))
 
 
+def test_a_float16_step_that_overflows_is_left_out(tiny: Callable[..., Config]) -> None:
+    objective = step(tiny("pix2pix", no_dropout=True, amp="float16"), [], 0)
+    objective.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    before = {key: value.clone() for key, value in objective.networks["G"].network.named_parameters()}
+    terms = objective.step([batch(1, 0)])
+    assert all(torch.isfinite(value) for value in terms.values())
+    assert objective.scaler.get_scale() < 2.0**60
+    assert_identical(before, dict(objective.networks["G"].network.named_parameters()))
+
+
 @pytest.mark.parametrize("gan_mode", ["lsgan", "hinge", "wgangp"])
 def test_other_adversarial_losses(tiny: Callable[..., Config], gan_mode: str) -> None:
     objective = step(tiny("pix2pix", gan_mode=gan_mode), [batch(1, 0)], 0)

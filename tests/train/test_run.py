@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -243,9 +244,10 @@ def test_a_damaged_picture_stops_the_run_and_is_named(tiny: Tiny, tmp_path: Path
 
 
 def test_command_trains_and_translates(tiny: Tiny, tmp_path: Path) -> None:
-    config = tiny("pix2pix")
+    config = tiny("pix2pix", print_freq=4)
     done = command(*arguments(config))
     assert done.exit_code == 0, done.output
+    assert re.search(r"epoch 2 step 8: \d+(\.\d+ s| ms)/step G_GAN \S+ G_L1 ", done.output), done.output
     assert "8 steps done; the generator is" in done.output and "index.html" in done.output
     network = config.run_folder / "latest_net_G.pth"
     for state in networks(config.run_folder).values():

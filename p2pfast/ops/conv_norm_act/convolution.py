@@ -5,6 +5,7 @@ On a GPU they are the library's (cuDNN), in channels_last; nothing is measured h
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -85,9 +86,23 @@ def _fastest(
     library: Sequence[Callable[[], Tensor]],
     names: Sequence[str],
     native: Callable[[str], Tensor],
+    dtype: torch.dtype,
 ) -> Tensor:
     """By the library or by one of the native algorithms."""
-    return fastest(key, *library, *(_named(name, native) for name in names))
+    ways = [_named(name, native) for name in names]
+    # Without a convolution of its own for the dtype PyTorch takes seconds for one: not worth a try.
+    if not ways or dtype != torch.bfloat16 or _library_has_bfloat16():
+        ways = [*library, *ways]
+    return fastest(key, *ways)
+
+
+@functools.cache
+def _library_has_bfloat16() -> bool:
+    """Whether the library convolves bfloat16 on this processor, other than one value after another."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):  # a build without it, or of another version
+        return True
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -107,7 +122,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) 
 
     shape = _out_shape(x, weight, g)
     names = _algorithms(x, weight, g, shape[1], shape[0] * shape[2] * shape[3])
-    return _fastest(_key("forward", x, weight, g), [library], names, native)
+    return _fastest(_key("forward", x, weight, g), [library], names, native, x.dtype)
 
 
 def _out_shape(x: Tensor, weight: Tensor, g: Geometry) -> tuple[int, int, int, int]:
@@ -120,8 +135,10 @@ def _out_shape(x: Tensor, weight: Tensor, g: Geometry) -> tuple[int, int, int, i
     return x.shape[0], weight.shape[1 if g.transposed else 0], height, width
 
 
-def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """The gradient for the weight from the output's gradient and the input.
+def weight_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, dtype: torch.dtype
+) -> Tensor:
+    """The gradient for the weight, in ``dtype``, from the output's gradient and the input.
 
     By the library as the tensors lie, by the library from contiguous copies (its kernels for channels_last
     may be several times slower), or by a native algorithm.
@@ -139,12 +156,14 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry)
         # Of a transposed convolution, input and output have exchanged their parts.
         still, windows = (x, grad) if g.transposed else (grad, x)
         kernel = weight.shape[2], weight.shape[3]
-        return native_weight_gradient(still, windows, kernel, g.stride, g.padding, g.padding_mode, algorithm)
+        numbers = kernel, g.stride, g.padding, g.padding_mode
+        return native_weight_gradient(still, windows, *numbers, algorithm, dtype if written else None)
 
+    written = dtype in (torch.float32, torch.bfloat16)
     names = _weight_algorithms(grad, x, weight, g)
     planar = grad.device.type != "cpu" or not (_channels_last(grad) or _channels_last(x))
     ways = [library] if planar else [library, planes]
-    return _fastest(_key("weight", grad, weight, g), ways, names, native)
+    return _fastest(_key("weight", grad, weight, g), ways, names, native, grad.dtype).to(dtype)
 
 
 def _weight_algorithms(grad: Tensor, x: Tensor, weight: Tensor, g: Geometry) -> list[str]:
@@ -228,7 +247,7 @@ def data_gradient(grad: Tensor, size: torch.Size, weight: Tensor, geometry: Geom
     if _can_turn(grad, weight, g, shape):
         names = _algorithms(grad, weight, same, shape[1], shape[0] * shape[2] * shape[3])
     ways = [library, planes] if names and not grad.is_contiguous() else [library]
-    found = _fastest(_key("data", grad, weight, g), ways, names, native)
+    found = _fastest(_key("data", grad, weight, g), ways, names, native, grad.dtype)
     return unpadded(found, g.padding, g.padding_mode)
 
 

@@ -290,8 +290,8 @@ class _ConvNormAct(torch.autograd.Function):
         if needs[0]:
             of_x = convolution.data_gradient(of_raw, ctx.size, lowered, options.geometry)
         if needs[1]:
-            of_weight = convolution.weight_gradient(of_raw, _channels_last(x), lowered, options.geometry)
-            of_weight = of_weight.to(weight.dtype)
+            seen = _channels_last(x)
+            of_weight = convolution.weight_gradient(of_raw, seen, lowered, options.geometry, weight.dtype)
         return of_x, of_weight, of_bias, of_norm_weight, of_norm_bias, of_residual, None, None, None
 
 

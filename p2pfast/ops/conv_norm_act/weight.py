@@ -8,7 +8,7 @@ from torch import Tensor
 from p2pfast import _C
 from p2pfast.ops.conv.op import PADDING_MODES
 from p2pfast.ops.conv.source import describe_output, describe_source, readable
-from p2pfast.ops.pages import scratch
+from p2pfast.ops.pages import in_large_pages, scratch
 from p2pfast.ops.threads import use_torch_threads
 
 # In the order of the native enumeration.
@@ -23,6 +23,7 @@ def weight_gradient(
     padding: int,
     padding_mode: str,
     algorithm: str,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Σ over images and pixels of ``grad[o, y, x] * pad(x)[i, stride * y + u, stride * x + v]``.
 
@@ -35,15 +36,16 @@ def weight_gradient(
         kernel, stride, padding, padding_mode: of the convolution.
         algorithm: ``"minimal"`` (3×3 and 4×4, stride 1 and 2), ``"taps"`` (few pixels) or ``"rows"`` (few
             channels).
+        dtype: of the result, float32 or bfloat16; None takes grad's.
 
     Returns:
-        (Cout, C, *kernel) of grad's dtype, contiguous.
+        (Cout, C, *kernel), contiguous.
     """
     grad, x = grad.detach(), readable(x)
     images, channels, height, width = x.shape
     _, outputs, out_height, out_width = grad.shape
     taps = kernel[0] * kernel[1]
-    result = torch.empty((outputs, channels, *kernel), dtype=grad.dtype)
+    result = in_large_pages(torch.empty((outputs, channels, *kernel), dtype=dtype or grad.dtype))
     call = {
         "sources": [describe_source(x)],
         "images": images,
@@ -65,6 +67,6 @@ def weight_gradient(
     use_torch_threads()
     number = ALGORITHMS.index(algorithm)
     workspace = scratch(_C.weight_gradient_workspace(number, call))
-    narrow = int(grad.dtype == torch.bfloat16)
+    narrow = int(result.dtype == torch.bfloat16)
     _C.run_weight_gradient(number, {**call, "workspace": workspace.data_ptr()}, result.data_ptr(), narrow)
     return result
