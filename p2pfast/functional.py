@@ -271,6 +271,7 @@ def conv_norm_act(
     """``act(norm(conv2d(pad(x), weight, bias)) + residual)``, the step that image-to-image networks repeat.
 
     Padding is done by index as the convolution reads, never by a copy. Forward and backward, also twice.
+    Source: Isola et al. 2017 (arXiv:1611.07004), appendix: "Convolution-BatchNorm-ReLU".
 
     Args:
         x: (N, C, H, W); or two such tensors, used as if concatenated along the channels (a U-Net's skip).
@@ -343,6 +344,7 @@ def up_conv_norm_act(
 
     A transposed convolution is done as one ordinary convolution for each phase of its output, without the
     multiplications by inserted zeros. Forward and backward, also twice.
+    Source: Radford et al. 2016 (arXiv:1511.06434).
 
     Args:
         x: (N, C, H, W); or two such tensors, used as if concatenated along the channels.

@@ -54,3 +54,17 @@ def cpu_level(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure of ours is an error instead of a warning and PyTorch's answer."""
+    monkeypatch.setenv("P2PFAST_STRICT", "1")
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """TorchDynamo forgets what it compiled for other tests, and afterwards what it compiled for this one."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

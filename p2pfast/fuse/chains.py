@@ -182,6 +182,8 @@ class ChainFinder:
             return None
         if self._refusal(reader) is not None or pair(_padding(reader)) != (0, 0):
             return None
+        if self._written_between(Chain(call.x, [node]), conv):
+            return None
         return Chain(call.x, [node, conv], pad=call, conv=reader)
 
     def _refusal(self, call: Call) -> str | None:
@@ -244,15 +246,15 @@ class ChainFinder:
         return True
 
     def _written_between(self, chain: Chain, node: fx.Node) -> bool:
-        """Whether something is changed in place before the chain's step, which runs in the place of its last
-        node, and after its first node."""
+        """Whether something is changed in place, or gradients switched, before the chain's step, which runs
+        in the place of its last node, and after its first node."""
         span = range(self.order[chain.nodes[0]], self.order[node])
         return any(self.order[w] in span and w not in chain.nodes for w in self.writers)
 
     def _writes(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return bool(getattr(self.module(node), "inplace", False)) or id(self.module(node)) in self.opaque
-        return changes_in_place(node)
+        return changes_in_place(node) or node.target is torch._C._set_grad_enabled
 
 
 def _padding(call: Call) -> Any:

@@ -11,7 +11,6 @@ import torch
 from torch import fx, nn
 
 from p2pfast.fuse.source import CannotRun, GraphSource
-from p2pfast.fuse.training import TrainingEngine
 from p2pfast.runtime.gpu import require
 from p2pfast.runtime.memory import OutOfMemory
 
@@ -28,18 +27,39 @@ def number(value: Any) -> Any:
     return None
 
 
-NewEngine = Callable[[GraphSource, torch.dtype, torch.device, list[torch.Tensor]], Any]
+NewEngine = Callable[[GraphSource, torch.dtype, torch.device, list[torch.Tensor], bool], Any]
+_AUTOCAST = ("_enter_autocast", "_exit_autocast")
+_SWITCHES = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode", *_AUTOCAST)
+
+
+def switches(graph: fx.GraphModule) -> set[str]:
+    """What a graph switches on its way, of gradients and autocast."""
+    names = (getattr(node.target, "__name__", "") for node in graph.graph.nodes)
+    return {name for name in names if name in _SWITCHES}
+
+
+def _learns(graph: fx.GraphModule, enabled: bool) -> bool:
+    """Whether something is computed while gradients are on, in a call that begins with them on or off."""
+    for node in graph.graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+        elif enabled and node.op.startswith("call_"):
+            return True
+    return False
 
 
 class CompiledGraph:
     """One graph of TorchDynamo as a function of its inputs; parameters are inputs too.
 
     ``reason`` says why the last call ran in PyTorch, and is None where it ran fused. ``new_engine(source,
-    dtype, device, parameters)`` makes what runs it for a dtype of its parameters, or raises CannotRun.
+    dtype, device, parameters, trains)`` makes what runs it for a dtype of its parameters, where ``trains``
+    with gradients, or raises CannotRun.
     """
 
     def __init__(self, graph: fx.GraphModule, example_inputs: list[Any], new_engine: NewEngine) -> None:
         self.graph = graph
+        self.switches = switches(graph)
+        self.learns = {enabled: _learns(graph, enabled) for enabled in (False, True)}
         self.parameters = [isinstance(value, nn.Parameter) for value in example_inputs]
         self.source = GraphSource(graph, self.parameters)
         self.new_engine = new_engine
@@ -63,9 +83,13 @@ class CompiledGraph:
                 if value.dtype != dtype and value.dim() > 0:
                     raise CannotRun(f"the input is {value.dtype}, the parameters are {dtype}")
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        key = (dtype, device, autocast)
+        trains = self.learns[torch.is_grad_enabled()]
+        trains = trains and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+        key = (dtype, device, autocast, trains)
+        if self.switches - {"_set_grad_enabled"}:
+            raise CannotRun("it switches autocast or inference mode on its way")
         if key not in self.engines:
-            self.engines[key] = self.new_engine(self.source, dtype, device, held)
+            self.engines[key] = self.new_engine(self.source, dtype, device, held, trains)
         self._watch_numbers(args)
         return self.engines[key]
 
@@ -81,11 +105,9 @@ class CompiledGraph:
                 raise CannotRun("a number that it takes is another one at every call")
 
     def __call__(self, *args: Any) -> Any:
+        gradients = torch.is_grad_enabled()
         try:
             self.engine = self._engine(args)
-            if not isinstance(self.engine, TrainingEngine) and torch.is_grad_enabled():
-                if any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
-                    raise CannotRun("gradients are required; training runs in PyTorch")
             result = tuple(self.engine.run(args, {}))
             self.reason = None
             return result
@@ -102,6 +124,7 @@ class CompiledGraph:
             self._say(f"{type(error).__name__}: {error}; please report it", logging.WARNING)
         finally:
             self.source.bound = ()
+        torch.set_grad_enabled(gradients)  # which it may have switched until it failed
         return self.graph(*args)
 
     def _say(self, reason: str, level: int) -> None:

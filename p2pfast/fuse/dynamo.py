@@ -11,6 +11,7 @@ from torch import fx
 from p2pfast.fuse.compiled import CompiledGraph
 from p2pfast.fuse.optimize import parse_bytes
 from p2pfast.fuse.source import CannotRun, GraphSource
+from p2pfast.fuse.training import TrainingEngine
 from p2pfast.runtime import choice
 from p2pfast.runtime.cpu import STORED, CpuEngine
 from p2pfast.runtime.engine import Engine
@@ -23,8 +24,10 @@ def backend(
 ) -> Callable[..., Any]:
     """A TorchDynamo backend: convolution chains run fused where the parameters are, all else as it did.
 
-    Inputs that require gradients, devices without kernels and dtypes other than float32, bfloat16 and, on a
-    GPU, float16 run the graph in PyTorch, and the logger ``p2pfast`` says so.
+    Where an input or a parameter requires gradients, the graph runs as a network in
+    ``optimize(mode="train")`` does: chains are steps of autograd with fused forward and backward passes.
+    Devices without kernels, dtypes other than float32, bfloat16 and, on a GPU, float16, and graphs that
+    switch autocast on their way run in PyTorch, and the logger ``p2pfast`` says so.
 
     Args:
         graph: TorchDynamo's graph. example_inputs: its inputs, parameters included.
@@ -40,10 +43,12 @@ def backend(
     memory = None if limit is None else parse_bytes(limit)
 
     def engine(
-        source: GraphSource, dtype: torch.dtype, device: torch.device, parameters: list[torch.Tensor]
-    ) -> Engine:
-        if torch.is_autocast_enabled(device.type):
-            raise CannotRun("autocast is on")
+        source: GraphSource,
+        dtype: torch.dtype,
+        device: torch.device,
+        parameters: list[torch.Tensor],
+        trains: bool,
+    ) -> Engine | TrainingEngine:
         on_gpu = device.type == "cuda" or gpu.on_cpu is not None
         if device.type == "cuda":
             missing = require.kernels_reason(device)
@@ -53,6 +58,10 @@ def backend(
             raise CannotRun(f"the parameters are on {device}")
         if dtype not in (gpu.STORED if on_gpu else STORED):
             raise CannotRun(f"dtype {dtype} has no native kernels")
+        if trains:
+            return TrainingEngine(source, dtype, device, lambda path, module, reason: None)
+        if torch.is_autocast_enabled(device.type):
+            raise CannotRun("autocast is on")
         if on_gpu:
             tests = gpu.on_cpu if device.type == "cpu" else None
             return gpu.CudaEngine(source, dtype, dtype, device, None, memory, **(tests or {}))

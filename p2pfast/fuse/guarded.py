@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from p2pfast.fuse.compiled import CompiledGraph, NewEngine
+from p2pfast.fuse.compiled import CompiledGraph, NewEngine, switches
 from p2pfast.fuse.source import CannotRun
 
 # Graphs of one module before it counts as one that is another at every call.
 _MOST_GRAPHS = 6
-_MODE_CHANGES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_inference_mode")
 
 
 class CannotGuard(CannotRun):
@@ -47,8 +46,7 @@ class Guarded:
         self.compiled = torch.compile(own, backend=self._backend, fullgraph=True)
 
     def _backend(self, graph: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        changes = {getattr(n.target, "__name__", "") for n in graph.graph.nodes} & set(_MODE_CHANGES)
-        if changes:
+        if switches(graph):
             raise CannotGuard("its forward switches gradients or autocast")
         if len(self.graphs) >= _MOST_GRAPHS:
             self.refused = f"more than {_MOST_GRAPHS} graphs for one kind of call"

@@ -348,9 +348,7 @@ class _State:
         key = (trains, autocast, native, device, self.plain.training, self.source.hooks())
         if key not in self.guarded:
 
-            def engine(
-                source: GraphSource, held: torch.dtype, where: torch.device, _: list[torch.Tensor]
-            ) -> AnyEngine:
+            def engine(source: GraphSource, held: torch.dtype, where: torch.device, *_: Any) -> AnyEngine:
                 if trains:
                     return TrainingEngine(source, held, where, self._add_piece)
                 return self._infers(source, dtype or autocast or held, held, where)

@@ -245,10 +245,11 @@ class GraphSource:
 
     def capture(self, arguments: Any, tensors: list[Any], dtype: torch.dtype | None) -> Captured:
         evaluator = Evaluator(self.module)
+        graph = _copied(self.module.graph)  # plans of several kinds of inputs keep theirs
         state: dict[str, Derived] = {}
         free = []
         position = -1
-        for node in self.module.graph.nodes:
+        for node in graph.nodes:
             node.meta.pop("val", None)
             if node.op == "placeholder":
                 position += 1
@@ -266,13 +267,19 @@ class GraphSource:
                 found = evaluator.evaluate(node)
                 if found is not UNKNOWN:
                     node.meta["val"] = found
-        return Captured(Traced(self.module, self.module.graph, {}, {}, None), free, state)
+        return Captured(Traced(self.module, graph, {}, {}, None), free, state)
 
     def _parameter(self, name: str, position: int) -> Derived:
         return Derived(name, lambda: self.bound[position], lambda: [self.bound[position]])
 
     def pieces(self, captured: Captured) -> list[tuple[str, nn.Module, str]]:
         return []
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    copied = fx.Graph(graph.owning_module)
+    copied.output(copied.graph_copy(graph, {}))
+    return copied
 
 
 def _used_as_parameters(module: fx.GraphModule) -> set[fx.Node]:

@@ -90,7 +90,7 @@ class _ChainStep:
 
     def __call__(self, values: dict[str, Any]) -> Tensor:
         start = time.perf_counter()
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self._in_inference_mode(values):
             result = self._run(values)
         else:
             # The same kernels as with gradients: a pass that is repeated gives the same to the last bit.
@@ -99,6 +99,11 @@ class _ChainStep:
         if result.device.type == "cpu":  # a GPU has only been told what to do
             self.report.seconds = time.perf_counter() - start
         return result
+
+    def _in_inference_mode(self, values: dict[str, Any]) -> bool:
+        """Whether nothing can be kept for a backward pass."""
+        read = [values[name] for name in (self.x, self.residual) if name is not None]
+        return torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in read)
 
     def _run(self, values: dict[str, Any]) -> Tensor:
         x = values[self.x]

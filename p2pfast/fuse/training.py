@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from p2pfast.fuse.source import CannotRun, Captured, GraphSource, ModuleSource, RunsAsWell
 from p2pfast.fuse.steps import CHAINS, CHANNELS_LAST, MODULES, Program, convolution_size
-from p2pfast.fuse.trial import Trial
+from p2pfast.fuse.trial import Trial, apart, unmarked, would_be_seen
 from p2pfast.labelmap import LabelMap
 
 _MOST_PROGRAMS = 64  # kinds of input and states of the module that are remembered
@@ -47,6 +47,12 @@ class TrainingEngine:
 
         Raises CannotRun, with the reason, for what is left to PyTorch.
         """
+        if isinstance(self.source, GraphSource):
+            with self.lock:  # the parameters of this call are bound to the source
+                return self._run(args, kwargs)
+        return self._run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch_module._has_any_global_hook():
             raise CannotRun("there are hooks on all modules")
         if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -65,18 +71,9 @@ class TrainingEngine:
             with self.lock:
                 program = self.programs.get(program_key)
                 if program is None:
-                    captured = self.source.capture(arguments, tensors, self.native)
-                    for path, module, reason in self.source.pieces(captured):
-                        self.on_piece(path, module, reason)
-                    result = None
-                    if not captured.complete:
-                        leaves = list(captured.learn(tensors))
-                        spec = captured.spec
-                        result = (leaves if spec is None else pytree.tree_unflatten(leaves, spec),)
-                    size = round(
-                        math.log2(max(1, sum(t.numel() for t in tensors if isinstance(t, torch.Tensor))))
-                    )
-                    program = self._best(captured, tensors, (key[0], state, size))
+                    # A graph of TorchDynamo may switch gradients; following it does not.
+                    with torch.set_grad_enabled(torch.is_grad_enabled()):
+                        program, result = self._prepare(arguments, tensors, (key[0], state))
                     self._remember(program_key, program)
                     if result is not None:
                         self.last = program
@@ -85,6 +82,22 @@ class TrainingEngine:
         if program.way == MODULES:
             raise RunsAsWell("its modules are as fast as their chains in one step")
         return program.run(tensors)
+
+    def _prepare(self, arguments: Any, tensors: list[Any], kind: Any) -> tuple[Program, tuple[Any] | None]:
+        """The program for inputs like these, and what the network returns where it had to run for it."""
+        captured = self.source.capture(arguments, tensors, self.native)
+        for path, module, reason in self.source.pieces(captured):
+            self.on_piece(path, module, reason)
+        result = None
+        if not captured.complete and not would_be_seen(captured):
+            with unmarked(captured), torch.no_grad():
+                captured.learn([apart(value) for value in tensors])
+        elif not captured.complete:
+            leaves = list(captured.learn(tensors))
+            result = (leaves if captured.spec is None else pytree.tree_unflatten(leaves, captured.spec),)
+        numbers = sum(t.numel() for t in tensors if isinstance(t, torch.Tensor))
+        size = round(math.log2(max(1, numbers)))
+        return self._best(captured, tensors, (*kind, size)), result
 
     def _remember(self, key: Any, program: Program) -> None:
         self.programs[key] = program

@@ -17,7 +17,7 @@ from p2pfast.fuse.trace import has_hooks
 from p2pfast.ops import measured
 
 _SECONDS = 0.2  # for each way; quick networks run several times
-_LEAD = 0.05  # by which a plan has to be faster than the network's own code: a tie is the user's code
+_LEAD = 0.1  # by which a plan has to be faster than the network's own code: a tie is the user's code
 
 
 def parameters(captured: Captured) -> list[Tensor]:
@@ -105,7 +105,7 @@ def plan_loses(
     words = signature(captured, tensors)
     with unmarked(captured):
         return (
-            measured.pick(("inference", words), modules, bound_plan, seconds=_SECONDS / 2, lead=_LEAD)
+            measured.pick(("inference", words), modules, bound_plan, seconds=_SECONDS, lead=_LEAD)
             == "modules"
         )
 
@@ -136,9 +136,10 @@ class Trial:
         def run() -> None:
             if not made:
                 made.append(Program(self.captured, way))
-            inputs = [_apart(value) for value in self.tensors]
+            inputs = [apart(value) for value in self.tensors]
             leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-            results = pytree.tree_leaves(made[0].run(inputs))
+            with torch.enable_grad():  # a graph of TorchDynamo may leave gradients switched off
+                results = pytree.tree_leaves(made[0].run(inputs))
             outputs = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
             if outputs:
                 ones = [torch.ones_like(t) for t in outputs]
@@ -150,5 +151,6 @@ class Trial:
         return run
 
 
-def _apart(value: Any) -> Any:
+def apart(value: Any) -> Any:
+    """A tensor that is changed and differentiated without a trace on ``value``; what is no tensor itself."""
     return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value

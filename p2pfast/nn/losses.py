@@ -46,8 +46,8 @@ class GANLoss(nn.Module):
     | wgangp | -x | x | -x |
 
     each averaged over a scale's values; BCE is of logits. Vanilla and lsgan as in pix2pix and pix2pixHD
-    (which adds up the scales), hinge as in SPADE (Park et al. 2019, which averages them), wgangp as in
-    Gulrajani et al. 2017, to be used with ``gradient_penalty``.
+    (which adds up the scales), hinge as in SPADE (Park et al. 2019, arXiv:1903.07291, which averages them),
+    wgangp as in Gulrajani et al. 2017 (arXiv:1704.00028), to be used with ``gradient_penalty``.
 
     Args:
         gan_mode: ``"vanilla"``, ``"lsgan"``, ``"hinge"`` or ``"wgangp"``.
@@ -118,14 +118,15 @@ def gradient_penalty(
     constant: float = 1.0,
     mix: str = "mixed",
 ) -> Tensor:
-    """WGAN-GP's penalty: ``weight * mean((|∇D(x)| - constant)²)`` (Gulrajani et al. 2017).
+    """WGAN-GP's penalty: ``weight * mean((|∇D(x)| - constant)²)``
+    (Gulrajani et al. 2017, arXiv:1704.00028).
 
     The norm is over one sample. Differentiable with respect to the discriminator's parameters, so it runs
     the discriminator's double backward pass. Of several scales, the outputs are added up.
 
     Args:
         discriminator: called with x; wrap it to give it more inputs.
-        real, fake: (N, ...) of equal shapes.
+        real, fake: (N, ...) of equal shapes and one floating-point dtype.
         constant: the norm aimed at.
         mix: x is a point between ``real`` and ``fake``, drawn for each sample (``"mixed"``), or ``"real"`` or
             ``"fake"`` themselves.
@@ -212,7 +213,13 @@ class FeatureMatchingLoss(nn.Module):
 class L1Loss(nn.Module):
     """``weight * mean(|prediction - target|)``, gradient for the prediction only; pix2pix's weight is 100.
 
-    Either may be float32, bfloat16 or float16; the loss is float32.
+    Called with two tensors of one shape, any number of dimensions; either may be float32, bfloat16 or
+    float16, and the loss is a float32 scalar.
+
+    Raises:
+        ValueError: shapes that differ.
+
+    Source: Isola et al. 2017 (arXiv:1611.07004), equation 3.
     """
 
     def __init__(self, weight: float = 1.0) -> None:
@@ -227,14 +234,18 @@ class L1Loss(nn.Module):
 
 
 class L2Loss(L1Loss):
-    """``weight * mean((prediction - target)²)``, gradient for the prediction only."""
+    """``weight * mean((prediction - target)²)``, gradient for the prediction only; see :class:`L1Loss`."""
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         return feature_matching([prediction], [target], [self.weight], squared=True)
 
 
 class CycleLoss(L1Loss):
-    """CycleGAN's ``weight * mean(|F(G(x)) - x|)``, called as ``loss(reconstructed, original)``."""
+    """CycleGAN's ``weight * mean(|F(G(x)) - x|)``, called as ``loss(reconstructed, original)``; see
+    :class:`L1Loss`.
+
+    Source: Zhu et al. 2017 (arXiv:1703.10593), equation 2.
+    """
 
     def __init__(self, weight: float = 10.0) -> None:
         super().__init__(weight)
@@ -245,6 +256,8 @@ class IdentityLoss(L1Loss):
 
     Args:
         weight: the published lambda_identity, relative to ``cycle_weight``.
+
+    Source: Zhu et al. 2017 (arXiv:1703.10593), section 5.2. See :class:`L1Loss`.
     """
 
     def __init__(self, weight: float = 0.5, cycle_weight: float = 10.0) -> None:
@@ -252,8 +265,14 @@ class IdentityLoss(L1Loss):
 
 
 class TotalVariationLoss(nn.Module):
-    """``weight * (mean |x[h + 1] - x[h]| + mean |x[w + 1] - x[w]|)`` of images (N, C, H, W): anisotropic
-    total variation (Rudin, Osher, Fatemi 1992) a value. A side of length 1 has none."""
+    """``weight * (mean |x[h + 1] - x[h]| + mean |x[w + 1] - x[w]|)`` of images (N, C, H, W), a float32
+    scalar, or float64 of float64. A side of length 1 has none.
+
+    Raises:
+        ValueError: no four dimensions.
+
+    Source: anisotropic total variation a value (Rudin, Osher, Fatemi 1992).
+    """
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
@@ -314,8 +333,9 @@ def _read_vgg(weights: str | Path) -> dict[str, Tensor]:
 class PerceptualLoss(nn.Module):
     """pix2pixHD's VGG loss: absolute differences of VGG19's features after relu1_1, …, relu5_1.
 
-    ``weight · Σ w_i · mean(|VGG_i(fake) - VGG_i(real)|)`` with w = 1/32, 1/16, 1/8, 1/4, 1. As published,
-    images go in as they are, in [-1, 1]. The network is frozen.
+    ``weight · Σ w_i · mean(|VGG_i(fake) - VGG_i(real)|)`` with w = 1/32, 1/16, 1/8, 1/4, 1. As published
+    (Wang et al. 2018, arXiv:1711.11585), images (N, 3, H, W) go in as they are, in [-1, 1]. The network is
+    frozen; the loss is a float32 scalar.
 
     Args:
         weights: VGG19's parameters under torchvision's keys (``features.0.weight``, …): a file (.pth or

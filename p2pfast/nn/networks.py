@@ -129,7 +129,7 @@ class PatchDiscriminator(nn.Module):
         features: return every stage's result in a list, the logits last.
 
     Shapes:
-        (N, in_channels, H, W) to logits (N, 1, h, w), or the list of ``layers + 2`` stages.
+        (N, in_channels, H, W) to logits (N, 1, h, w), or the list of ``layers + 2`` stages, same dtype.
 
     Raises:
         ValueError: ``layers`` below 1, an unknown ``norm``.

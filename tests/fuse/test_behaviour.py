@@ -15,10 +15,7 @@ from torch import nn
 
 import p2pfast
 
-
-@pytest.fixture(autouse=True)
-def _strict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("P2PFAST_STRICT", "1")
+pytestmark = pytest.mark.usefixtures("strict")
 
 
 @pytest.fixture

@@ -17,12 +17,9 @@ import p2pfast
 from p2pfast import models
 from p2pfast.fuse.optimize import parse_bytes
 
+pytestmark = pytest.mark.usefixtures("strict")
+
 INSTANCE = models.norm_layer_of("instance")
-
-
-@pytest.fixture(autouse=True)
-def _strict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("P2PFAST_STRICT", "1")
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

@@ -12,10 +12,7 @@ from torch import Tensor, nn
 
 import p2pfast
 
-
-@pytest.fixture(autouse=True)
-def _strict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("P2PFAST_STRICT", "1")
+pytestmark = pytest.mark.usefixtures("strict")
 
 
 def close(a: Any, b: Any) -> bool:

@@ -21,8 +21,7 @@ from p2pfast.ops import measured
 
 
 @pytest.fixture(autouse=True, params=["as given", "channels_last"])
-def _strict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("P2PFAST_STRICT", "1")
+def _ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, strict: None) -> None:
     monkeypatch.setattr(training, "_suits_channels_last", lambda program: request.param == "channels_last")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_map
 
 import p2pfast.nn as fused
 from p2pfast import functional
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def x(*shape: int) -> Tensor:
@@ -46,13 +48,6 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
 }
 # Takes weights of a torchvision network, or runs autograd itself.
 NOT_HERE = {"PerceptualLoss", "gradient_penalty"}
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def learning(values: Any) -> Any:

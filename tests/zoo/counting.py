@@ -13,6 +13,8 @@ import p2pfast
 
 KERNELS = ("label_conv", "direct", "winograd", "winograd2", "streamed", "streamed2", "thin", "library")
 
+_FORMS = (torch.ops.aten.convolution, torch.ops.aten.conv2d, torch.ops.aten.conv_transpose2d)
+
 
 class _Convolutions(TorchDispatchMode):
     """Counts the two-dimensional convolutions that PyTorch runs, whichever form they were written in."""
@@ -22,7 +24,8 @@ class _Convolutions(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.convolution.default and args[1].dim() == 4:
+        # In inference mode nothing takes the two forms apart before they come here.
+        if func.overloadpacket in _FORMS and args[1].dim() == 4:
             self.count += 1
         return func(*args, **(kwargs or {}))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,8 @@ BATCH = 3  # a batch norm over one pixel of two images turns every value into a 
 
 
 @pytest.fixture(autouse=True)
-def _strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Failures are errors; one thread, since images this small are not worth waking another."""
-    monkeypatch.setenv("P2PFAST_STRICT", "1")
+def _one_thread(strict: None) -> Iterator[None]:
+    """Images this small are not worth waking another."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -79,18 +79,19 @@ def test_inference(name: str, training: bool) -> None:
             answers.append(run(*arguments))
     check_same(*answers, exact=not ZOO[name].random)
     assert not any(leaf.requires_grad for leaf in tree_leaves(answers[0]))
-    for (key, a), (_, b) in zip(fast.named_buffers(), eager.named_buffers(), strict=True):
+    for (key, a), (_, b) in zip(net.named_buffers(), eager.named_buffers(), strict=True):
         assert a.dtype == b.dtype and torch.allclose(a, b, rtol=1e-4, atol=1e-5), key
     assert ZOO[name].native <= fused_convolutions(fast) <= total, str(p2pfast.explain(fast))
 
 
 def gradients(
-    net: nn.Module, inputs: tuple[Tensor, ...]
+    run: Any, net: nn.Module, inputs: tuple[Tensor, ...]
 ) -> tuple[object, dict[str, Tensor], tuple[Tensor, ...]]:
-    """The result, and the gradients of parameters and inputs for fixed random ones of the result."""
+    """What ``run``, which runs ``net``, returns, and the gradients of parameters and inputs for fixed random
+    ones of the result."""
     inputs = tuple(x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs)
     torch.manual_seed(5)
-    result = net(*inputs)
+    result = run(*inputs)
     generator = torch.Generator().manual_seed(7)
     loss = torch.zeros((), dtype=next(net.parameters()).dtype)
     for leaf in tree_leaves(result):
@@ -113,15 +114,21 @@ def test_training(name: str, last: bool, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def check_training(name: str) -> None:
     net, inputs = make(name)
-    wide, eager = copy.deepcopy(net).double(), copy.deepcopy(net)
     total = convolutions(net, inputs)
     fast = p2pfast.optimize(net, mode="train")
-    result, of_parameters, of_inputs = gradients(fast, inputs)
+    check_gradients(fast, net, copy.deepcopy(net), inputs, exact=not ZOO[name].random)
     steps = [row.kernel for row in p2pfast.explain(fast).rows]
     assert steps.count("training") == total, str(p2pfast.explain(fast))
-    expected, wide_parameters, wide_inputs = gradients(wide, double(inputs))
-    eager_result, eager_parameters, eager_inputs = gradients(eager, inputs)
-    exact = not ZOO[name].random
+
+
+def check_gradients(
+    fast: Any, net: nn.Module, eager: nn.Module, inputs: tuple[Tensor, ...], exact: bool
+) -> None:
+    """``fast`` runs ``net``; the same results, gradients and buffers as its copy ``eager`` in PyTorch."""
+    wide = copy.deepcopy(eager).double()
+    result, of_parameters, of_inputs = gradients(fast, net, inputs)
+    expected, wide_parameters, wide_inputs = gradients(wide, wide, double(inputs))
+    eager_result, eager_parameters, eager_inputs = gradients(eager, eager, inputs)
     check_same(result, expected, eager_result, exact)
     assert of_parameters.keys() == eager_parameters.keys()
     largest = max(float(g.double().norm()) for g in eager_parameters.values())
@@ -133,7 +140,7 @@ def check_training(name: str) -> None:
         scale = 1e-3 * largest
         bound = max(1e-3, 2 * relative(g, e, scale)) if exact else 2e-3
         assert relative(f, e if exact else g, scale) <= bound
-    for (key, a), (_, b) in zip(fast.named_buffers(), eager.named_buffers(), strict=True):
+    for (key, a), (_, b) in zip(net.named_buffers(), eager.named_buffers(), strict=True):
         assert a.dtype == b.dtype and torch.allclose(a, b, rtol=1e-4, atol=1e-5), key
 
 
@@ -230,3 +237,35 @@ def test_compile_backend(name: str, dynamic: bool) -> None:
     for values in given:  # another number of images may come
         answer = seeded(net, values)
         check_same(seeded(compiled, values), answer, answer, exact=False)
+
+
+COMPILED_TRAINING = ("dcgan-discriminator", "sagan-discriminator", "pix2pix-unet", "spade-generator")
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    "name", [n if n in COMPILED_TRAINING else pytest.param(n, marks=pytest.mark.slow) for n in ZOO]
+)
+def test_training_compiled(name: str, dynamic: bool, fresh_dynamo: None) -> None:
+    from p2pfast.fuse import dynamo
+    from p2pfast.fuse.training import TrainingEngine
+
+    made: list[Any] = []
+
+    def backend(graph: Any, examples: list[Any]) -> Any:
+        made.append(dynamo.backend(graph, examples))
+        return made[-1]
+
+    net, inputs = make(name)
+    untouched = copy.deepcopy(net)  # hooks of spectral norms forbid copies later
+    width, size = ZOO[name].small
+    compiled = torch.compile(net, backend=backend, fullgraph=True, dynamic=dynamic)
+    for given in (inputs, ZOO[name].inputs(2, size, width)) if dynamic else (inputs,):
+        net.zero_grad()
+        eager = copy.deepcopy(untouched)
+        eager.load_state_dict(net.state_dict())
+        total = convolutions(eager, given)
+        check_gradients(compiled, net, eager, given, exact=not ZOO[name].random)
+        engine = made[-1].engine
+        assert isinstance(engine, TrainingEngine) and engine.last is not None, made[-1].reason
+        assert sum(chain.conv is not None for chain in engine.last.chains) == total
