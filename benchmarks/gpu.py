@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -47,6 +48,7 @@ BUDGET = 470  # seconds of everything
 def run_section(section: Section, folder: Path, given: list[str], limit: float) -> dict[str, object]:
     """Runs a section as a process; what became of it."""
     command = [sys.executable, str(Path(__file__).with_name("gpu_sections.py")), section.name, str(folder)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"} if "--cpu" in given else None
     start = time.monotonic()
     with (folder / f"{section.name}.log").open("w") as log:
         try:
@@ -54,12 +56,21 @@ def run_section(section: Section, folder: Path, given: list[str], limit: float) 
                 [*command, *given, "--seconds", str(int(limit))],
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                env=environment,
                 timeout=limit,
             ).returncode
             result = "done" if status == 0 else f"failed with status {status}: see {section.name}.log"
         except subprocess.TimeoutExpired:
             result = f"stopped after {limit:.0f} s; rows up to then are kept"
+    wrong = sum("error" in row for row in gpu_record.read_rows(folder, [section.name]))
+    if wrong:
+        result += f"; {wrong} of its rows are errors: see {section.name}.jsonl"
     return {"result": result, "seconds": time.monotonic() - start}
+
+
+def allowance(own: float, left: float, later: float) -> float:
+    """Seconds of a section: its own, and what those before it have not used; ``later`` ones keep theirs."""
+    return min(left, max(own, left - later))
 
 
 def summarise(folder: Path, states: dict[str, dict[str, object]]) -> None:
@@ -113,13 +124,14 @@ def main(arguments: list[str] | None = None) -> int:
     end = time.monotonic() + options.budget * slower
     given = ["--scale", "small", "--cpu"] if options.cpu else ["--scale", options.scale]
     states: dict[str, dict[str, object]] = {}
-    for section in wanted:
+    for number, section in enumerate(wanted):
         left = end - time.monotonic()
         if left < 5:
             states[section.name] = {"result": "left out: no time left", "seconds": 0.0}
             continue
         print(f"== {section.name}: {section.about}", flush=True)
-        limit = min(section.seconds * slower, left)
+        later = sum(s.seconds for s in wanted[number + 1 :])
+        limit = allowance(section.seconds * slower, left, later * slower)
         states[section.name] = run_section(section, options.folder, given, limit)
         print(f"   {states[section.name]['result']} ({states[section.name]['seconds']:.0f} s)", flush=True)
         try:

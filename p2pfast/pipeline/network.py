@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from p2pfast.errors import UsageError, first_line
 from p2pfast.functional import image_to_uint8
 from p2pfast.labelmap import LabelMap
 from p2pfast.pipeline.sizes import Fit, network_fit
+from p2pfast.pipeline.transfers import Pictures, pinned, transfers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -128,38 +129,26 @@ def run(network: Network, given: LabelMap | Tensor) -> Tensor:
     return start(network, given).result()
 
 
-class Pictures:
-    """A batch on its way: the device may still be computing and copying it."""
-
-    def __init__(self, pixels: Tensor, ready: Any, taken: Any) -> None:
-        self._pixels, self._ready, self._taken = pixels, ready, taken
-
-    def result(self) -> Tensor:
-        """Waits for the (N, H, W, 1 or 3) uint8 pixels."""
-        if self._ready is not None:
-            self._ready.synchronize()
-        self._taken = None
-        return self._pixels
-
-
-def start(network: Network, given: LabelMap | Tensor) -> Pictures:
+def start(
+    network: Network, given: LabelMap | Tensor, prepare: Callable[[Tensor], Tensor] | None = None
+) -> Pictures:
     """Start a batch. On a GPU this returns before it is done, so that decoding, copying, computing and
-    encoding of neighbouring batches overlap: inputs and results are copied from and to pinned memory, on the
-    stream that computes, and pixels are made on the device.
+    encoding of neighbouring batches overlap: inputs and results are copied from and to pinned memory on
+    streams of their own (:mod:`p2pfast.pipeline.transfers`), and pixels are made on the device.
 
+    ``prepare`` makes the network's input of a tensor, where the network runs.
     Raises UsageError if the output is no picture.
     """
+
+    def compute(moved: LabelMap | Tensor) -> Tensor:
+        if prepare is not None and isinstance(moved, Tensor):
+            moved = prepare(moved)
+        return _pixels(network, moved)
+
     with torch.inference_mode():
         if network.device.type != "cuda":
-            return Pictures(_pixels(network, given), None, None)
-        pinned = _pinned(given)
-        pixels = _pixels(network, _moved(pinned, network.device))
-        host = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
-        host.copy_(pixels, non_blocking=True)
-        ready = torch.cuda.Event()
-        ready.record(torch.cuda.current_stream(network.device))
-        # Pinned memory must not be used again before the device has read it.
-        return Pictures(host, ready, pinned)
+            return Pictures(compute(given))
+        return transfers(network.device).run(pinned(given), compute)
 
 
 def _pixels(network: Network, given: LabelMap | Tensor) -> Tensor:
@@ -168,15 +157,3 @@ def _pixels(network: Network, given: LabelMap | Tensor) -> Tensor:
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise UsageError(f"the network gives {found}, not pictures of 1 or 3 channels; is it a generator?")
     return image_to_uint8(output)
-
-
-def _pinned(given: LabelMap | Tensor) -> LabelMap | Tensor:
-    if isinstance(given, Tensor):
-        return given.pin_memory()
-    return given.changed(lambda tensor: tensor.pin_memory())
-
-
-def _moved(given: LabelMap | Tensor, device: torch.device) -> LabelMap | Tensor:
-    if isinstance(given, Tensor):
-        return given.to(device, non_blocking=True)
-    return given.changed(lambda tensor: tensor.to(device, non_blocking=True))

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from p2pfast.data.classes import colorize
 from p2pfast.data.images import read_ids, read_image, resize_ids, resize_image, write_image
@@ -21,7 +21,8 @@ from p2pfast.labelmap import LabelMap
 from p2pfast.pipeline import sizes
 from p2pfast.pipeline.files import Failure, Item
 from p2pfast.pipeline.gallery import input_picture
-from p2pfast.pipeline.network import Network, Pictures, start
+from p2pfast.pipeline.network import Network, start
+from p2pfast.pipeline.transfers import Pictures, stacked
 
 
 @dataclass(frozen=True)
@@ -201,12 +202,18 @@ def _attempt(job: Job, batch: list[_Input]) -> Callable[[], Pictures]:
 
 
 def _start_batch(job: Job, batch: list[_Input]) -> Pictures:
-    pixels = torch.from_numpy(np.stack([given.pixels for given in batch]))
+    device = job.network.device
+    pixels = stacked([given.pixels for given in batch], device)
     if job.num_classes is None:
-        return start(job.network, pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        return start(job.network, pixels, _network_range)
     ids = [given.instances for given in batch if given.instances is not None]
-    instances = torch.from_numpy(np.stack(ids)) if ids else None
+    instances = stacked(ids, device) if ids else None
     return start(job.network, LabelMap(pixels, instances, num_classes=job.num_classes))
+
+
+def _network_range(pixels: Tensor) -> Tensor:
+    """(N, H, W, C) uint8 as (N, C, H, W) float32 in [-1, 1]."""
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _write(job: Job, given: _Input, picture: NDArray[np.uint8]) -> None:

@@ -48,7 +48,7 @@ def test_sections_fail_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """One fails, one hangs and one works; what they wrote up to then is in the summary."""
     section = gpu().Section
     monkeypatch.setattr(
-        gpu(), "SECTIONS", (section("bad", 20, ""), section("slow", 1, ""), section("good", 20, ""))
+        gpu(), "SECTIONS", (section("bad", 60, ""), section("slow", 1, ""), section("good", 60, ""))
     )
     monkeypatch.setattr(gpu(), "missing", lambda: None)
     script = """import pathlib, sys, time
@@ -60,12 +60,31 @@ sys.exit(name == "bad")
 """
     (tmp_path / "gpu_sections.py").write_text(script)
     monkeypatch.setattr(gpu(), "__file__", str(tmp_path / "gpu.py"))
-    assert gpu().main([str(tmp_path / "out"), "--sections", "bad", "slow", "good"]) == 1
+    command = [str(tmp_path / "out"), "--budget", "61", "--sections", "bad", "slow", "good"]
+    assert gpu().main(command) == 1
     summary = json.loads((tmp_path / "out" / "gpu.json").read_text())
     results = {name: state["result"] for name, state in summary["sections"].items()}
     assert "status 1: see bad.log" in results["bad"] and "stopped after 1 s" in results["slow"]
     assert results["good"] == "done" and [r["section"] for r in summary["rows"]] == ["bad", "slow", "good"]
     assert "| good | done |" in (tmp_path / "out" / "gpu.md").read_text()
+
+
+def test_rows_that_are_errors_are_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a trial on the CPU is interpreted."""
+    script = """import json, os, pathlib, sys
+row = {"section": "s", "what": os.environ.get("TRITON_INTERPRET", ""), "error": "E"}
+(pathlib.Path(sys.argv[2]) / "s.jsonl").write_text(json.dumps(row))
+"""
+    (tmp_path / "gpu_sections.py").write_text(script)
+    monkeypatch.setattr(gpu(), "__file__", str(tmp_path / "gpu.py"))
+    state = gpu().run_section(gpu().Section("s", 60, ""), tmp_path, ["--cpu"], 60.0)
+    assert state["result"] == "done; 1 of its rows are errors: see s.jsonl"
+    assert json.loads((tmp_path / "s.jsonl").read_text())["what"] == "1"
+
+
+def test_a_section_may_use_what_others_left() -> None:
+    assert gpu().allowance(30, 100, 50) == 50 and gpu().allowance(30, 60, 50) == 30
+    assert gpu().allowance(30, 20, 50) == 20
 
 
 def test_shares_and_comparisons(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import p2pfast
 from p2pfast import models
 from p2pfast.ops.gpu import interpreted
+from p2pfast.pipeline import transfers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -191,3 +192,28 @@ def test_two_devices() -> None:
         for _ in range(4):
             assert relative(fast(x), expected) < 1e-4
         assert "a CUDA graph" in how(fast) and torch.cuda.current_device() == 0
+
+
+def test_batches_are_copied_beside_computing() -> None:
+    """Many, two of them on their way: memory of one is not another's too early."""
+    moving = transfers.Transfers(transfers.CudaStreams(DEVICE))
+    waiting: list[tuple[int, transfers.Pictures]] = []
+    wrong = []
+
+    def compute(x: Any) -> Tensor:
+        total = x.float()
+        for _ in range(20):
+            total = total + x
+        return (total / 21 + 1).round().to(torch.uint8)
+
+    def settle() -> None:
+        number, pictures = waiting.pop(0)
+        wrong.append(int((pictures.result() != number + 1).sum()))
+
+    for number in range(50):
+        given = torch.full((1, 512, 1024, 3), number, dtype=torch.uint8)
+        waiting.append((number, moving.run(transfers.pinned(given), compute)))
+        if len(waiting) == 2:
+            settle()
+    settle()
+    assert wrong == [0] * 50

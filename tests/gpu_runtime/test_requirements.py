@@ -10,7 +10,7 @@ from gpu_runtime.plain import PlainKernels
 from networks import make
 
 import p2pfast
-from p2pfast.runtime.gpu import engine, require
+from p2pfast.runtime.gpu import engine, frame, require
 from p2pfast.runtime.memory import OutOfMemory
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -108,3 +108,19 @@ def test_auto_leaves_a_gpu_that_cannot_be_used_to_pytorch_with_a_warning(
     state.options["backend"] = "cuda"
     with pytest.raises(require.CannotUseGpu, match=missing):
         state._check_device(torch.device("cuda:0"))
+
+
+def test_too_little_memory_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*size: int, **kind: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "empty", none)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * 10**8)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10**8)
+    with pytest.raises(
+        OutOfMemory,
+        match=r"tensors of 2\.00 GB cannot be allocated on cuda:0: 1\.00 GB of 80\.00 GB are free and "
+        r"PyTorch keeps 200\.0 MB unused; take a smaller image or batch",
+    ):
+        frame.allocate(2 * 10**9, torch.device("cuda:0"), "memory for intermediate tensors")
