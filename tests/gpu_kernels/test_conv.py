@@ -204,6 +204,17 @@ SPLIT = {
     "bfloat16": Case(config=Config(32, 32, 32, splits=2), dtype=torch.bfloat16),
 }
 
+# Weights through a tensor descriptor.
+DESCRIBED = Config(16, 16, 32, descriptor=True)
+DESCRIPTOR = {
+    "reflect, columns in blocks": Case((64,), 35, mode="reflect", size=(4, 7), images=2, config=DESCRIBED),
+    "two sources": Case((32, 64), config=DESCRIBED),
+    "bfloat16": Case((32,), config=DESCRIBED, dtype=torch.bfloat16),
+    "phases": Case((32,), kernel=(4, 4), stride=2, transposed=True, layout="phases", config=DESCRIBED),
+    "columns": Case((32,), 5, stride=2, transposed=True, layout="columns", config=DESCRIBED),
+    "split": Case((32, 32), config=replace(DESCRIBED, splits=4)),
+}
+
 ORDINARY = {
     "zeros": Case(images=2, config=Config(16, 16, 32)),
     "reflect": Case(mode="reflect", size=(4, 7), images=2),
@@ -276,6 +287,16 @@ def test_short_dtypes(dtype: torch.dtype, transposed: bool, device: str) -> None
 @pytest.mark.parametrize("name", SPLIT)
 def test_split_depth(name: str, device: str) -> None:
     run(SPLIT[name], device)
+
+
+@pytest.mark.parametrize("name", DESCRIPTOR)
+def test_descriptors(name: str, device: str) -> None:
+    run(DESCRIPTOR[name], device)
+
+
+def test_a_descriptor_needs_whole_tiles(device: str) -> None:
+    with pytest.raises(ValueError, match=r"needs channels that its depth divides, here \(20,\)"):
+        run(Case(config=DESCRIBED), device)
 
 
 @pytest.mark.parametrize("case", [Case(images=2), ROWS["7x7"], ORDINARY["thin input"]])

@@ -82,6 +82,7 @@ def test_measured_choices_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(choice, "_time", lambda run, device: next(times))
     monkeypatch.setattr(choice, "machine", lambda device: Machine())
     monkeypatch.setattr(choice, "_signature", lambda *about: "shape")
+    monkeypatch.setattr(choice, "_compile", lambda problem, worth, device: None)
 
     def runner(problem: Problem, candidate: Candidate, device: torch.device) -> None:
         asked.append(candidate.name)
@@ -117,6 +118,7 @@ def test_tiles_that_do_not_fit_a_device_lose(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(choice, "_time", time)
     monkeypatch.setattr(choice, "machine", lambda device: Machine())
     monkeypatch.setattr(choice, "_signature", lambda *about: "shape")
+    monkeypatch.setattr(choice, "_compile", lambda problem, worth, device: None)
     monkeypatch.setattr(choice, "runner", lambda problem, candidate, device: candidate.name)
     found = choose(TRUNK, torch.device("cuda"), library=False)
     assert found.best.measured and found.best.name == names[1]
@@ -238,3 +240,17 @@ def test_layers_of_few_tiles_are_split() -> None:
     assert best.config is not None and best.config.splits > 1 and "splits" in best.name
     large = Problem(1, (512, 1024), (512, 1024), (64,), 64, (3, 3), 1, (1, 1))
     assert all(c.config is None or c.config.splits == 1 for c in (choose(large, device).best,))
+
+
+def test_a_clock_also_sees_descriptors() -> None:
+    """Where the device has them, and the model's choice stays what it was."""
+    found, _ = choice.estimated(TRUNK, CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        for has in (False, True):
+            patch.setattr(choice, "machine", lambda device, has=has: Machine(descriptors=has))
+            worth = choice.contenders(TRUNK, found, CPU)
+            extra = [c for c in worth if c.config is not None and c.config.descriptor]
+            assert len(extra) == (2 if has else 0) and worth[0] == found[0]
+        odd = replace(TRUNK, channels=(1000,))
+        assert not [c for c in choice.contenders(odd, found, CPU) if c.config and c.config.descriptor]
+    assert extra[0].name.endswith(", descriptor")

@@ -7,7 +7,7 @@ or to compile it without a GPU; ``device`` (which imports triton) holds function
 
 from __future__ import annotations
 
-from p2pfast.ops.gpu.launch import Launch, Shipped
+from p2pfast.ops.gpu.launch import Launch, Shipped, compile_together
 from p2pfast.ops.gpu.support import (
     allows_tf32,
     channels_last,
@@ -27,6 +27,7 @@ __all__ = [
     "allows_tf32",
     "channels_last",
     "check_tensor",
+    "compile_together",
     "evenly_spaced",
     "interpreted",
     "on_device",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import json
 import multiprocessing
@@ -32,6 +33,7 @@ from p2pfast.ops.gpu.support import require_triton
 TARGETS = (80, 90, 100)
 # The most a block can ask for, of the data-centre part of each generation (A100, H100, B200).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+_DESCRIPTORS_FROM = 90
 _MATRIX = re.compile(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma")
 _LOADS = re.compile(r"\b(?:ld\.global|cp\.async\.c[ag])[^;]*;")
 
@@ -68,6 +70,7 @@ def modules() -> list[str]:
     return sorted(path.parent.name for path in Path(p2pfast.ops.__path__[0]).glob("*/triton.py"))
 
 
+@functools.cache
 def shipped(operator: str) -> list[Shipped]:
     """What ``shipped()`` of ``p2pfast.ops.<operator>.triton`` lists."""
     module = importlib.import_module(f"p2pfast.ops.{operator}.triton")
@@ -130,6 +133,8 @@ def compile_one(operator: str, config: Shipped, target: int) -> Compiled:
         problems.append(f"{stack} bytes of a thread are spilled")
     if shared > SHARED_LIMIT[target]:
         problems.append(f"{shared} bytes of shared memory; sm_{target} has {SHARED_LIMIT[target]}")
+    if config.descriptor and "cp.async.bulk.tensor" not in ptx:
+        problems.append("weights are not copied by hardware")
     if config.matmul and not kinds:
         problems.append("no tensor-core instructions")
     return Compiled(
@@ -165,8 +170,9 @@ def compile_all(
     jobs = [
         (operator, index, target)
         for operator in operators
-        for index in range(len(shipped(operator)))
+        for index, config in enumerate(shipped(operator))
         for target in targets
+        if target >= _DESCRIPTORS_FROM or not config.descriptor
     ]
     if workers is None:
         workers = len(os.sched_getaffinity(0))
@@ -191,12 +197,17 @@ def table(results: list[Compiled]) -> str:
         load = max(r.load for r in found)
         cells = [operator] * operators + [name, str(found[0].warps), str(found[0].stages), str(load)]
         for target in targets:
-            r = of[target]
-            cells.append("; ".join(r.problems) if r.problems else f"{r.registers} / {r.shared}")
+            cells.append(_cell(of.get(target)))
         if matrix:
-            cells.append(", ".join(f"{of[t].matrix} (sm_{t})" for t in targets if of[t].matrix))
+            cells.append(", ".join(f"{of[t].matrix} (sm_{t})" for t in targets if t in of and of[t].matrix))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(result: Compiled | None) -> str:
+    if result is None:
+        return "not for it"
+    return "; ".join(result.problems) if result.problems else f"{result.registers} / {result.shared}"
 
 
 def page(results: list[Compiled]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +35,7 @@ class Shipped:
         num_warps, num_stages: as at its launch.
         matmul: tensor-core instructions are expected.
         aligned: arguments known to be divisible by 16; None: every pointer and every i32.
+        descriptor: weights are described for the hardware that copies them, which sm_90 and later have.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Shipped:
     num_stages: int = 2
     matmul: bool = False
     aligned: tuple[str, ...] | None = None
+    descriptor: bool = False
 
 
 @dataclass
@@ -61,11 +65,19 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 2
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the kernel is called with."""
+        return {
+            **self.arguments,
+            **self.constants,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
     def run(self) -> None:
         """Launches on the current device and stream."""
-        self.kernel[self.grid](
-            **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
-        )
+        self.kernel[self.grid](**self.options)
 
     def shipped(self, name: str, matmul: bool = False) -> Shipped:
         """The configuration, from arguments that may be tensors on the meta device: specialised as the
@@ -83,8 +95,29 @@ class Launch:
                 signature[key] = "i32" if -(2**31) <= value < 2**31 else "i64"
                 if value % 16 == 0:
                     aligned.append(key)
-            else:
+            elif isinstance(value, float):
                 signature[key] = "fp32"
+            else:  # a tensor descriptor
+                signature[key] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
         return Shipped(
-            name, self.kernel, signature, constants, self.num_warps, self.num_stages, matmul, tuple(aligned)
+            name,
+            self.kernel,
+            signature,
+            constants,
+            self.num_warps,
+            self.num_stages,
+            matmul,
+            tuple(aligned),
+            any(kind.startswith("tensordesc") for kind in signature.values()),
         )
+
+
+def compile_together(launches: Sequence[Launch]) -> None:
+    """Compiles the kernels of launches at the same time, for the current device, so that running them does
+    not; their tensors may be on the meta device. One that does not compile says so when it is run."""
+    import triton
+
+    workers = max(1, min(len(launches), len(os.sched_getaffinity(0))))
+    with ThreadPoolExecutor(workers, "compile") as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        for launch in launches:
+            launch.kernel.warmup(grid=launch.grid, **launch.options)

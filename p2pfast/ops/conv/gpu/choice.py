@@ -18,22 +18,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
-from p2pfast.ops.conv.gpu.configs import Config, machine, parts, ranked
+from p2pfast.ops.conv.gpu.configs import Config, describable, described, machine, parts, ranked
 from p2pfast.ops.conv.gpu.launch import launches, padding_of
 from p2pfast.ops.conv.gpu.library import library_conv, library_refuses
 from p2pfast.ops.conv.gpu.pack import Packed, pack, refuses
 from p2pfast.ops.conv.gpu.source import Source
-from p2pfast.ops.gpu import allows_tf32
+from p2pfast.ops.gpu import Launch, allows_tf32, compile_together
 from p2pfast.ops.gpu.capture import capture
 from p2pfast.ops.measured import cache_folder, tuning
 
 # An estimate that is this far behind needs no measurement to lose.
 _WORTH_MEASURING = 1.5
 _MOST_MEASURED = 4  # compiling takes seconds
+_MOST_DESCRIBED = 2  # of these, also with their weights through a tensor descriptor
 _RUNS = 5
 _REPEATS = 4  # of a launch in one timed graph
+
+
+_META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def estimated(
         if reason:
             refused.append((layout, reason))
             continue
-        geometry = _packed(problem, layout, torch.device("meta")).geometry
+        geometry = _packed(problem, layout, _META).geometry
         itemsize = problem.dtype.itemsize
         order = ranked(
             geometry, problem.images, *problem.out_size, itemsize, problem.pending, tf32, machine(device)
@@ -167,10 +171,14 @@ def choose(
     known = None if mode == "force" else _known(signature)
     if known is None:
         timed = []
-        for c in [c for c in found if c.seconds < _WORTH_MEASURING * found[0].seconds][:_MOST_MEASURED]:
+        worth = contenders(problem, found, device)
+        _compile(problem, worth, device)
+        for c in worth:
             try:
                 seconds = _time(runner(problem, c, device), device)
-            except (OutOfResources, torch.OutOfMemoryError) as error:  # of a multiprocessor, or of the device
+            except (TritonError, RuntimeError) as error:  # no room for it, or it does not compile
+                if not isinstance(error, (TritonError, torch.OutOfMemoryError)) and not _described(c):
+                    raise
                 refused.append((c.name, str(error)))
                 continue
             timed.append(dataclasses.replace(c, seconds=seconds, measured=True))
@@ -182,6 +190,29 @@ def choose(
         known = sorted(timed, key=lambda c: c.seconds)
         _remember(signature, known)
     return Choice(known[0], tuple(known[1:]), tuple(refused))
+
+
+def contenders(problem: Problem, found: list[Candidate], device: torch.device) -> list[Candidate]:
+    """What of the kernels' candidates, quickest first, is worth a measurement. The model knows no difference
+    between weights through pointers and through a tensor descriptor, which only a clock chooses."""
+    close = [c for c in found if c.seconds < _WORTH_MEASURING * found[0].seconds][:_MOST_MEASURED]
+    also = []
+    for c in close[:_MOST_DESCRIBED] if machine(device).descriptors else []:
+        assert c.layout is not None and c.config is not None  # only the library has none
+        shaped = described(c.config, problem.dtype.itemsize)
+        if shaped and describable(_packed(problem, c.layout, _META).geometry, c.config):
+            also.append(dataclasses.replace(c, config=dataclasses.replace(c.config, descriptor=True)))
+    return close + also
+
+
+def _described(candidate: Candidate) -> bool:
+    return candidate.config is not None and candidate.config.descriptor
+
+
+def _compile(problem: Problem, worth: list[Candidate], device: torch.device) -> None:
+    """All at once: one after the other they would take seconds each."""
+    with torch.cuda.device(device):
+        compile_together([launch for c in worth for launch in _kernels(problem, c, _META)])
 
 
 _decided: dict[object, Config] = {}
@@ -231,61 +262,73 @@ def _decide(packed: Packed, x: Tensor, out: Tensor, device: torch.device) -> Con
     return found.config
 
 
-def runner(problem: Problem, candidate: Candidate, device: torch.device) -> Callable[[], None]:
-    """Runs a candidate on random data of its own."""
+def _data(problem: Problem, device: torch.device) -> tuple[list[Source], Tensor]:
+    """Random sources, and the output."""
     n, dtype = problem.images, problem.dtype
     sources, generator = [], _generator(device)
     for c in problem.channels:
         x = torch.randn(n, *problem.size, c, dtype=dtype, device=device, generator=generator)
         norm = torch.rand(2, n, c, device=device, generator=generator) + 0.5 if problem.pending else None
         sources.append(Source(x) if norm is None else Source(x, norm[0], norm[1], "relu"))
-    out = torch.empty(n, *problem.out_size, problem.out_channels, dtype=dtype, device=device)
-    how: dict[str, Any] = {"stride": problem.stride, "padding": problem.padding, "pad_mode": problem.pad_mode}
-    if candidate.layout is None or candidate.config is None:
-        weight = _weight(problem, device)
+    return sources, torch.empty(n, *problem.out_size, problem.out_channels, dtype=dtype, device=device)
 
-        def by_library() -> None:
-            library_conv(
-                sources,
-                weight,
-                None,
-                out,
-                **how,
-                transposed=problem.transposed,
-                statistics=problem.statistics,
-            )
 
-        return by_library
+def _kernels(problem: Problem, candidate: Candidate, device: torch.device) -> list[Launch]:
+    """A candidate's launches, on random data of their own."""
+    assert candidate.layout is not None and candidate.config is not None
+    sources, out = _data(problem, device)
     packed = _packed(problem, candidate.layout, device)
     partial = count = None
     if problem.statistics:
         number = parts(packed, *problem.out_size, candidate.config)
-        partial = torch.empty(n, number, 2, problem.out_channels, device=device)
+        partial = torch.empty(problem.images, number, 2, problem.out_channels, device=device)
         count = torch.empty(number, device=device)
-
+    how: dict[str, Any] = {"stride": problem.stride, "padding": problem.padding}
     precision = problem.precision or ("tf32" if allows_tf32() else "ieee")
-    steps = launches(
+    return launches(
         sources,
         packed,
         None,
         out,
-        stride=problem.stride,
-        padding=problem.padding,
-        pad=padding_of(sources, packed, out, **how),
+        **how,
+        pad=padding_of(sources, packed, out, **how, pad_mode=problem.pad_mode),
         act="none",
         slope=0.0,
         residual=None,
         partial=partial,
         count=count,
         config=candidate.config,
-        precision=precision if dtype == torch.float32 else "tf32",
+        precision=precision if problem.dtype == torch.float32 else "tf32",
     )
 
-    def by_kernels() -> None:
-        for launch in steps:
-            launch.run()
 
-    return by_kernels
+def runner(problem: Problem, candidate: Candidate, device: torch.device) -> Callable[[], None]:
+    """Runs a candidate on random data of its own."""
+    if candidate.layout is not None:
+        steps = _kernels(problem, candidate, device)
+
+        def by_kernels() -> None:
+            for launch in steps:
+                launch.run()
+
+        return by_kernels
+    sources, out = _data(problem, device)
+    weight = _weight(problem, device)
+
+    def by_library() -> None:
+        library_conv(
+            sources,
+            weight,
+            None,
+            out,
+            stride=problem.stride,
+            padding=problem.padding,
+            pad_mode=problem.pad_mode,
+            transposed=problem.transposed,
+            statistics=problem.statistics,
+        )
+
+    return by_library
 
 
 def _time(run: Callable[[], None], device: torch.device) -> float:
@@ -350,12 +393,17 @@ def _known(signature: str) -> list[Candidate] | None:
     try:
         rows = _read()[signature]
         found = [
-            Candidate(layout, None if tile is None else Config(*map(int, tile)), float(seconds), True)
+            Candidate(layout, None if tile is None else _config(tile), float(seconds), True)
             for layout, tile, seconds in rows
         ]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, IndexError, TypeError, ValueError):
         return None
     return found or None
+
+
+def _config(tile: list[Any]) -> Config:
+    bm, bn, bk, warps, stages, splits = map(int, tile[:6])
+    return Config(bm, bn, bk, warps, stages, splits, bool(tile[6]))
 
 
 def _remember(signature: str, found: list[Candidate]) -> None:

@@ -20,7 +20,8 @@ class Config:
     """Sizes of a tile (pixels, columns, depth of a step), warps of a program and stages of its pipeline.
 
     ``bn`` is 0 for the layout ``"rows"``, which has all columns in a tile. ``splits`` programs share the
-    depth of a tile; a second launch adds their sums in order.
+    depth of a tile; a second launch adds their sums in order. With ``descriptor``, hardware (TMA) copies
+    weights to shared memory, a tile at a time, and no thread computes their addresses.
     """
 
     bm: int
@@ -29,10 +30,12 @@ class Config:
     warps: int = 4
     stages: int = 3
     splits: int = 1
+    descriptor: bool = False
 
     def __str__(self) -> str:
         text = f"{self.bm}x{self.bn or 'all'}x{self.bk}, {self.warps} warps, {self.stages} stages"
-        return text if self.splits == 1 else f"{text}, {self.splits} splits"
+        text += f", {self.splits} splits" if self.splits > 1 else ""
+        return f"{text}, descriptor" if self.descriptor else text
 
 
 # For 16-bit storage; with 32 bits the depth of a step is half. Each compiles for sm_80, sm_90 and sm_100
@@ -54,6 +57,8 @@ TILES = (
     Config(128, 32, 32, 4, 4),
     Config(128, 16, 32, 4, 4),
 )
+# Columns and pixels of the tiles that also read weights through descriptors, 128 bytes deep.
+DESCRIBED = ((128, 128), (64, 128), (128, 64), (64, 64))
 # Few output channels (layout "rows", whose columns are all in one tile).
 THIN_TILES = (Config(128, 0, 32, 8, 3), Config(64, 0, 64, 4, 3), Config(32, 0, 64, 4, 3))
 _SPLITS = (2, 4, 8, 16)
@@ -74,6 +79,7 @@ class Machine:
     shared: int = 227 * 1024
     threads: int = 2048
     registers: int = 65536
+    descriptors: bool = False
 
 
 @functools.cache
@@ -83,13 +89,24 @@ def machine(device: torch.device) -> Machine:
         return Machine()
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
-    return Machine(processors=properties.multi_processor_count, shared=shared)
-
-
-def _of_depth(config: Config, itemsize: int) -> Config:
-    return (
-        config if itemsize == 2 else Config(config.bm, config.bn, config.bk // 2, config.warps, config.stages)
+    return Machine(
+        processors=properties.multi_processor_count, shared=shared, descriptors=properties.major >= 9
     )
+
+
+def describable(packed: Geometry, config: Config) -> bool:
+    """Whether a descriptor can say where the weights of each step are: whole tiles of one tap's channels."""
+    return packed.layout != "rows" and all(c >= FLAT_BELOW and c % config.bk == 0 for c in packed.channels)
+
+
+def described(config: Config, itemsize: int) -> bool:
+    """Whether tiles of this shape are compiled with descriptors (shipped.py)."""
+    return (config.bm, config.bn) in DESCRIBED and config.bk * itemsize == 128
+
+
+def with_depth(config: Config, itemsize: int) -> Config:
+    """Configurations are for 16 bits; with 32 the depth of a step is half."""
+    return config if itemsize == 2 else replace(config, bk=config.bk // 2)
 
 
 def shared_bytes(config: Config, columns: int, itemsize: int) -> int:
@@ -112,7 +129,7 @@ def candidates(
         widest = max(16, min(128, round_up(packed.columns, 16)))
         # Half-empty tiles of columns lose to the next smaller ones.
         tiles = tuple(t for t in tiles if t.bn < 2 * widest)
-    found = [_of_depth(t, itemsize) if tensor_cores else t for t in tiles]
+    found = [with_depth(t, itemsize) if tensor_cores else t for t in tiles]
     fitting = [t for t in found if shared_bytes(t, packed.columns, itemsize) <= device.shared]
     return tuple(fitting or found[-1:])
 

@@ -61,6 +61,8 @@ def products(
     begin,
     end,
     column,
+    first_column,
+    depth0,
     PIXEL: tl.constexpr,
     C: tl.constexpr,
     FLAT: tl.constexpr,
@@ -72,12 +74,14 @@ def products(
     BK: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
 ):
     """acc (rows, BN) plus the products of one source's taps with their weights.
 
     Args:
         x: pointer to the image; scale, shift: to its first channel, or None.
-        w: (1, BN) pointers to the weights of this source's first tap.
+        w: (1, BN) pointers to the weights of this source's first tap; with DESCRIPTOR, a descriptor of tiles
+            (BN, BK) of all weights, in which they begin at (first_column, depth0).
         top, left: (rows,) input position under the first tap of each row, before padding.
         taps, kernel_w: taps of the window and how many of them a row of it has.
         begin, end: the steps to do, of ``steps_of``.
@@ -89,6 +93,8 @@ def products(
     CP: tl.constexpr = (C + 15) // 16 * 16
     BLOCKS: tl.constexpr = (C + BK - 1) // BK
     RAGGED: tl.constexpr = FLAT or C % BK != 0
+    # Beyond a tap's channels a descriptor would read the next tap's.
+    tl.static_assert(not (DESCRIPTOR and RAGGED))
     for step in tl.range(begin, end):
         if FLAT:
             depth = step * BK + k
@@ -133,16 +139,20 @@ def products(
             if PAD == "zeros":
                 value = tl.where(inside, value, 0.0)  # padding comes after the activation
             a = rounded(value, x.dtype.element_ty)
-        weights = w + depth[:, None]
-        if COLUMNS % BN != 0:
-            if RAGGED:
-                b = tl.load(weights, mask=exists[:, None] & (column < COLUMNS)[None, :], other=0.0)
-            else:
-                b = tl.load(weights, mask=(column < COLUMNS)[None, :], other=0.0)
-        elif RAGGED:
-            b = tl.load(weights, mask=exists[:, None], other=0.0)
+        if DESCRIPTOR:
+            # Columns that do not exist are zeros.
+            b = tl.trans(w.load([first_column, depth0 + tap * CP + (step % BLOCKS) * BK]))
         else:
-            b = tl.load(weights)
+            weights = w + depth[:, None]
+            if COLUMNS % BN != 0:
+                if RAGGED:
+                    b = tl.load(weights, mask=exists[:, None] & (column < COLUMNS)[None, :], other=0.0)
+                else:
+                    b = tl.load(weights, mask=(column < COLUMNS)[None, :], other=0.0)
+            elif RAGGED:
+                b = tl.load(weights, mask=exists[:, None], other=0.0)
+            else:
+                b = tl.load(weights)
         acc = dot(a, b, acc, PRECISION)
     return acc
 
@@ -250,6 +260,7 @@ def conv_kernel(
     BK: tl.constexpr,
     SPLITS: tl.constexpr,
     PASS: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
 ):
     """One tile of BM pixels and BN channels; the grid is (tiles x column blocks, phases x splits, images).
 
@@ -257,13 +268,15 @@ def conv_kernel(
     either the second axis of the grid or columns of the product, over the union of their windows.
     PASS: "whole"; or, where few tiles would leave a device idle, "split": each of SPLITS programs stores its
     share of a tile's depth in ``work``, and "merge": their sum, in order, and what follows it.
+    DESCRIPTOR: ``w`` describes the packed weights' tiles instead of pointing to them.
     FULL: every tile is full and every column of every row is an output. WIDE: an image spans 2^31 elements.
     """
     image = tl.program_id(2).to(tl.int64)
     COLUMNS: tl.constexpr = COUT * STRIDE * STRIDE if PHASES == "columns" else COUT
     COLUMN_BLOCKS: tl.constexpr = (COLUMNS + BN - 1) // BN
     tile = tl.program_id(0) // COLUMN_BLOCKS
-    column = (tl.program_id(0) % COLUMN_BLOCKS) * BN + tl.arange(0, BN)
+    first_column = (tl.program_id(0) % COLUMN_BLOCKS) * BN
+    column = first_column + tl.arange(0, BN)
 
     part = tile
     depth0 = 0
@@ -336,13 +349,19 @@ def conv_kernel(
             end0 = tl.minimum(end, steps0)
             begin1 = tl.minimum(tl.maximum(begin - steps0, 0), end1)
             end1 = tl.minimum(tl.maximum(end - steps0, 0), end1)
-        weights = w + (column.to(tl.int64) * DEPTH + depth0)[None, :]
+        depth1 = depth0 + weights_of(taps_h * taps_w, C0, FLAT0)
+        if DESCRIPTOR:
+            weights0 = w
+            weights1 = w
+        else:
+            weights0 = w + (column.to(tl.int64) * DEPTH + depth0)[None, :]
+            weights1 = weights0 + weights_of(taps_h * taps_w, C0, FLAT0)
         acc = products(
             acc,
             x0 + image * x0_image,
             scale0 + image * norm0_image if scale0 is not None else None,
             shift0 + image * norm0_image if shift0 is not None else None,
-            weights,
+            weights0,
             top,
             left,
             height,
@@ -353,6 +372,8 @@ def conv_kernel(
             begin0,
             end0,
             column,
+            first_column,
+            depth0,
             X0_PIXEL,
             C0,
             FLAT0,
@@ -364,6 +385,7 @@ def conv_kernel(
             BK,
             WIDE,
             PRECISION,
+            DESCRIPTOR,
         )
         if C1 > 0:
             acc = products(
@@ -371,7 +393,7 @@ def conv_kernel(
                 x1 + image * x1_image,
                 scale1 + image * norm1_image if scale1 is not None else None,
                 shift1 + image * norm1_image if shift1 is not None else None,
-                weights + weights_of(taps_h * taps_w, C0, FLAT0),
+                weights1,
                 top,
                 left,
                 height,
@@ -382,6 +404,8 @@ def conv_kernel(
                 begin1,
                 end1,
                 column,
+                first_column,
+                depth1,
                 X1_PIXEL,
                 C1,
                 FLAT1,
@@ -393,6 +417,7 @@ def conv_kernel(
                 BK,
                 WIDE,
                 PRECISION,
+                DESCRIPTOR,
             )
     if PASS == "split":
         tl.store(place, acc)

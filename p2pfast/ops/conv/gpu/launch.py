@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from p2pfast.ops.conv.activation import activation_code
-from p2pfast.ops.conv.gpu.configs import Config, phase_sizes
+from p2pfast.ops.conv.gpu.configs import Config, describable, phase_sizes
 from p2pfast.ops.conv.gpu.conv_kernel import conv_kernel
 from p2pfast.ops.conv.gpu.pack import Packed, power_of_two
 from p2pfast.ops.conv.gpu.source import Source, norm_stride
@@ -197,8 +198,14 @@ def build(
         "BN": config.bn,
     }
     tiles = -(-max(sizes) // config.bm) * -(-packed.columns // config.bn)
-    constants |= {"SPLITS": config.splits, "PASS": "whole"}
+    constants |= {"SPLITS": config.splits, "PASS": "whole", "DESCRIPTOR": config.descriptor and not merge}
     arguments["work"] = work
+    if config.descriptor and not describable(packed, config):
+        raise ValueError(
+            f"config is {config}: a descriptor needs channels that its depth divides, here {packed.channels}"
+        )
+    if constants["DESCRIPTOR"]:
+        arguments["w"] = TensorDescriptor.from_tensor(packed.data, [config.bn, config.bk])
     if config.splits > 1:
         constants["PASS"] = "merge" if merge else "split"
     grid = tiles, len(sizes) * (1 if merge else config.splits), out.shape[0]

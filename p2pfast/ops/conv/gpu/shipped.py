@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from p2pfast.ops.conv.gpu.configs import PLAIN_TILES, THIN_TILES, TILES, Config, parts
+from p2pfast.ops.conv.gpu.configs import PLAIN_TILES, THIN_TILES, TILES, Config, described, parts, with_depth
 from p2pfast.ops.conv.gpu.launch import build
 from p2pfast.ops.conv.gpu.pack import pack
 from p2pfast.ops.conv.gpu.source import Source
@@ -103,8 +103,11 @@ def shipped() -> list[Shipped]:
     for tile in TILES:
         add("3x3", tile, BF16, (_channels(tile),), tile.bn, (64, 128))
         if tile.stages < 4 or tile.bk == 32:
-            half = Config(tile.bm, tile.bn, tile.bk // 2, tile.warps, tile.stages)
-            add("3x3", half, F32, (_channels(tile),), tile.bn, (64, 128))
+            add("3x3", with_depth(tile, 4), F32, (_channels(tile),), tile.bn, (64, 128))
+    for tile in (replace(t, descriptor=True) for t in TILES if described(t, 2)):
+        add("3x3", tile, BF16, (_channels(tile),), tile.bn, (64, 128))
+        if tile.stages < 4:
+            add("3x3", with_depth(tile, 4), F32, (_channels(tile),), tile.bn, (64, 128))
     wide, thin = TILES[1], THIN_TILES[0]
     add(
         "3x3 of a padded input", TILES[0], BF16, (1024,), 1024, (34, 66), padding=0, pad="none", pending=False
@@ -121,6 +124,17 @@ def shipped() -> list[Shipped]:
         act="relu",
         last=True,
     )
+    add(
+        "3x3 of a padded input",
+        replace(TILES[0], descriptor=True),
+        BF16,
+        (1024,),
+        1024,
+        (34, 66),
+        padding=0,
+        pad="none",
+        pending=False,
+    )
     for merge in (False, True):
         add(
             "3x3, merging splits" if merge else "3x3, split",
@@ -135,6 +149,17 @@ def shipped() -> list[Shipped]:
     add("4x4, stride 2", wide, BF16, (128,), 256, (64, 64), kernel=4, stride=2, pad="zeros")
     up: dict[str, Any] = {"stride": 2, "transposed": True}
     add("3x3 transposed", wide, BF16, (1024,), 512, (32, 64), output_padding=1, layout="phases", **up)
+    add(
+        "3x3 transposed",
+        replace(wide, descriptor=True),
+        BF16,
+        (1024,),
+        512,
+        (32, 64),
+        output_padding=1,
+        layout="phases",
+        **up,
+    )
     add(
         "3x3 transposed, columns",
         wide,
@@ -151,7 +176,7 @@ def shipped() -> list[Shipped]:
     for tile in THIN_TILES:
         channels = (32,) if tile.bk == 32 else (512,)
         add("7x7, few channels out", tile, BF16, channels, 3, (256, 512), **_head(thin is tile))
-    single = Config(thin.bm, thin.bn, thin.bk // 2, thin.warps, thin.stages)
+    single = with_depth(thin, 4)
     add("7x7, few channels out", single, F32, (32,), 3, (256, 512), **_head(True))
     for tile in PLAIN_TILES:
         add("3x3, ieee", tile, F32, (64,), 64, (64, 128), precision="ieee")

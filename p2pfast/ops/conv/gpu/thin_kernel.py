@@ -108,6 +108,8 @@ def thin_kernel(
         0,
         steps_of(WINDOW, C0, FLAT0, BK),
         column,
+        0,
+        0,
         X0_PIXEL,
         C0,
         FLAT0,
@@ -119,6 +121,7 @@ def thin_kernel(
         BK,
         WIDE,
         PRECISION,
+        False,
     )
     if C1 > 0:
         acc = products(
@@ -137,6 +140,8 @@ def thin_kernel(
             0,
             steps_of(WINDOW, C1, FLAT1, BK),
             column,
+            0,
+            0,
             X1_PIXEL,
             C1,
             FLAT1,
@@ -148,6 +153,7 @@ def thin_kernel(
             BK,
             WIDE,
             PRECISION,
+            False,
         )
     split = tl.permute(tl.reshape(acc, (BM, ROWS, KWP, CP)), (1, 3, 2, 0))
     tap = tl.arange(0, KWP)
