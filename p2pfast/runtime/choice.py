@@ -115,11 +115,11 @@ def default_budget(parameter_bytes: int) -> int:
     """Bytes that packed weights of a network take when the user sets no limit.
 
     Minimal filtering of 3x3 weights needs up to four times their own size, and most weights of these
-    networks are such. A third of the memory that is free bounds it.
+    networks are such. Half of the memory that is free bounds it.
     """
     free = available()
     wanted = max(512 << 20, int(4.1 * parameter_bytes))
-    return wanted if free is None else min(wanted, free // 3)
+    return wanted if free is None else min(wanted, free // 2)
 
 
 # Outputs of a tile and dimension, before a transposed convolution doubles them.
