@@ -807,7 +807,9 @@ def map_launch(
     images, channels, height, width = x.shape
     pixels = height * width
     values = pixels * images if over_batch else pixels
-    limit = RESIDENT if residual is None else RESIDENT // 2
+    # What is loaded stays in registers beside its float32 values where it is added or has to be widened.
+    wide = residual is None and (planes or x.element_size() == 4)
+    limit = RESIDENT if wide else RESIDENT // 2
     t = map_tiles(values, channels, x.element_size(), planes, limit)
     if t is None:
         return None
