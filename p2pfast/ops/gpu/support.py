@@ -69,7 +69,6 @@ def gpu_reason(index: int) -> str | None:
     return triton_reason()
 
 
-@torch.compiler.assume_constant_result
 def _usable(index: int) -> bool:
     reason = gpu_reason(index)
     if reason is not None:
@@ -77,6 +76,10 @@ def _usable(index: int) -> bool:
             f"p2pfast's layers run in PyTorch on cuda:{index}: {reason}", RuntimeWarning, stacklevel=3
         )
     return reason is None
+
+
+# What torch.compiler.assume_constant_result does, without importing TorchDynamo, and Triton with it.
+_usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def on_kernels(x: Tensor) -> bool:
