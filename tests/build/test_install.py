@@ -29,7 +29,17 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.safetensors")
     for name in ("cmake", "p2pfast"):
         shutil.copytree(ROOT / name, copy / name, ignore=ignore)
-    kept = {"level", "processor", "parallel", "instance_edges", "runtime", "simd", "bindings", "check"}
+    kept = {
+        "level",
+        "processor",
+        "parallel",
+        "borrowed",
+        "instance_edges",
+        "runtime",
+        "simd",
+        "bindings",
+        "check",
+    }
     for source in (ROOT / "csrc").rglob("*"):
         if source.is_file() and source.stem in kept and "tests" not in source.parts:
             target = copy / source.relative_to(ROOT)
