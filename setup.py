@@ -1,7 +1,8 @@
 """Builds p2pfast._C with CMake; everything else is in pyproject.toml.
 
 Environment: P2PFAST_CUDA=auto|0|1, P2PFAST_EMULATE_WIDE=0|1 (16-lane code paths on an AVX2 machine),
-P2PFAST_JOBS (compile jobs; the number of cores by default).
+P2PFAST_JOBS (compile jobs; the number of cores by default), P2PFAST_WERROR=0|1 (warnings are errors; off,
+because compilers that nobody has tried warn of other things).
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def pybind11_dir() -> str:
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        emulate = os.environ.get("P2PFAST_EMULATE_WIDE", "0") not in ("", "0")
+        emulate, strict = (
+            os.environ.get(f"P2PFAST_{name}", "0") not in ("", "0") for name in ("EMULATE_WIDE", "WERROR")
+        )
         # One folder per interpreter and kind, kept between builds: only what changed is compiled again.
         build = ROOT / "build" / f"{sys.implementation.cache_tag}{'-emulate' if emulate else ''}"
         build.mkdir(parents=True, exist_ok=True)
@@ -54,6 +57,7 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11_dir(),
             "P2PFAST_CUDA": os.environ.get("P2PFAST_CUDA", "") or "auto",
             "P2PFAST_EMULATE_WIDE": "ON" if emulate else "OFF",
+            "P2PFAST_WERROR": "ON" if strict else "OFF",
         }
         defines = [f"-D{key}={value}" for key, value in options.items()]
         subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *defines], check=True)

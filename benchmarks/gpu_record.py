@@ -41,7 +41,7 @@ def line(row: Row) -> str:
     """A row for people."""
     parts = []
     for key, value in row.items():
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        text = f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())[:500]
         parts.append(text if key in ("what", "engine") else f"{key} {text}")
     return "  ".join(parts)
 
@@ -109,7 +109,10 @@ def median_ms(seconds: list[float]) -> float:
 
 def markdown(summary: Row) -> str:
     """The summary as a page: where it ran, what became of every section, comparisons, rates."""
-    lines = [f"# {summary['device']}", "", ", ".join(f"{k} {v}" for k, v in summary["versions"].items()), ""]
+    lines = [f"# {summary['device']}", ""]
+    if "command" in summary:
+        lines += [f"Measured on {summary['date']} by `{summary['command']}`.", ""]
+    lines += [", ".join(f"{k} {v}" for k, v in summary["versions"].items()), ""]
     lines += ["| section | result | seconds |", "|---|---|---|"]
     for name, state in summary["sections"].items():
         lines.append(f"| {name} | {state['result']} | {state['seconds']:.0f} |")
@@ -125,19 +128,38 @@ def markdown(summary: Row) -> str:
                 f"| {row['what']} | {row['dtype']} | {row['p2pfast_ms']:.3g} ({row['p2pfast']}) | {peer} | "
                 f"{row['times_faster']:.2f} |"
             )
-    rates = [r for r in summary["rows"] if "share_of_copy" in r or "share_of_matmul" in r]
-    if rates:
-        lines += [
-            "",
-            "| kernel | dtype | ms | GB/s | of the copy | TFLOP/s | of the product |",
-            "|---" * 7 + "|",
-        ]
-        for r in rates:
-            cells = [r["what"], str(r.get("dtype", "")), f"{r.get('ms', 0):.3g}"]
-            for value, share in (("gb_s", "share_of_copy"), ("tflop_s", "share_of_matmul")):
-                cells += [f"{r[value]:.0f}" if value in r else "", f"{r[share]:.0%}" if share in r else ""]
-            lines.append("| " + " | ".join(cells) + " |")
+    lines += _engines(summary["rows"]) + _rates(summary["rows"])
+    rest = [r for r in summary["rows"] if "ms" not in r and "error" not in r]
+    wrong = [r for r in summary["rows"] if "error" in r]
+    for title, rows in (("Also", rest), ("Errors", wrong)):
+        if rows:
+            lines += ["", f"{title}:", "", *(f"- {line(r)}" for r in rows)]
     return "\n".join(lines) + "\n"
+
+
+def _engines(rows: list[Row]) -> list[str]:
+    """Every engine's time of every case, and its memory: the peak, or of a training step what it adds."""
+    found = [r for r in rows if "engine" in r and "ms" in r]
+    lines = ["", "| case | engine | dtype | ms | MB | relative error |", "|---" * 6 + "|"]
+    for r in found:
+        memory = r.get("peak_mb", r.get("step_mb"))
+        cells = [r["what"], r["engine"], r["dtype"], f"{r['ms']:.3g}"]
+        cells += ["" if memory is None else f"{memory:.0f}"]
+        cells += [f"{r['relative_l2']:.1e}" if "relative_l2" in r else ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines if found else []
+
+
+def _rates(rows: list[Row]) -> list[str]:
+    """Kernels with their shares of the ceilings."""
+    found = [r for r in rows if "share_of_copy" in r or "share_of_matmul" in r]
+    lines = ["", "| kernel | dtype | ms | GB/s | of the copy | TFLOP/s | of the product |", "|---" * 7 + "|"]
+    for r in found:
+        cells = [r["what"], str(r.get("dtype", "")), f"{r.get('ms', 0):.3g}"]
+        for value, share in (("gb_s", "share_of_copy"), ("tflop_s", "share_of_matmul")):
+            cells += [f"{r[value]:.0f}" if value in r else "", f"{r[share]:.0%}" if share in r else ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines if found else []
 
 
 def environment() -> Row:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -31,8 +33,11 @@ Run = Callable[[], Any]
 class Bench:
     """What a section gets: ``record`` for its rows, the scale, and when its time is over."""
 
-    def __init__(self, record: gpu_record.Recorder, small: bool, seconds: float) -> None:
+    def __init__(
+        self, record: gpu_record.Recorder, small: bool, seconds: float, compiles: bool = False
+    ) -> None:
         self.record, self.small, self.end = record, small, time.monotonic() + seconds
+        self.compiles = compiles  # only: nothing is timed
 
     @property
     def left(self) -> float:
@@ -104,51 +109,87 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def correctness(bench: Bench) -> None:
-    """The tests that need a GPU, a process a file: most of their time is compiling."""
-    found = sorted((ROOT / "tests").rglob("test_*.py"))
-    files = [p for p in found if p.parent.name.startswith("gpu_") or "mark.gpu" in p.read_text()]
-    files = files if DEVICE.type == "cuda" else files[:1]  # a trial of this code skips them all
-    logs = bench.record.path.parent
-    options = ["-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    running = {}
-    for file in files:
-        with (logs / f"correctness-{file.stem}.log").open("w") as log:
-            command = [sys.executable, "-m", "pytest", *options, str(file)]
-            running[file] = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-    failed = False
-    for file, process in running.items():
+    """The tests that need a GPU, on many processes: most of their time is compiling. Where time is up, what
+    passed and failed up to then is recorded; `pytest -m gpu` by itself runs them all."""
+    log = bench.record.path.with_name("correctness-pytest.log")
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--color=no"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(processes()), "--dist", "worksteal"]
+    folders = ["tests/gpu_runtime", "tests/ops", "tests/native", "tests/gpu_kernels"]
+    # A trial of this code skips them all.
+    command += folders if DEVICE.type == "cuda" else ["tests/gpu_runtime/test_device.py"]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         try:
             status = str(process.wait(max(0.5, bench.left - 3)))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             status = "out of time"
-        lines = (logs / f"correctness-{file.stem}.log").read_text().strip().splitlines()
-        failed |= status not in ("0", "5")  # 5: nothing to run
-        bench.record(what=f"pytest -m gpu {file.name}", status=status, summary=lines[-1] if lines else "")
-    if failed:
+    lines = log.read_text(errors="replace").splitlines()
+    counts, failed = outcomes(lines)
+    summary = lines[-1] if lines else ""
+    bench.record(what="pytest -m gpu", status=status, **counts, summary=summary, failures=failed[:50])
+    if failed or status not in ("0", "5", "out of time"):  # 5: nothing to run
         raise SystemExit(1)
+
+
+def processes() -> int:
+    """How many processes compile at the same time: one a processor, but for two that feed the device."""
+    return max(1, min(14, (os.cpu_count() or 2) - 2)) if DEVICE.type == "cuda" else 1
+
+
+def outcomes(lines: list[str]) -> tuple[dict[str, int], list[str]]:
+    """How many tests passed, failed and so on by pytest's verbose output, and which failed."""
+    counts = dict.fromkeys(("passed", "failed", "error", "skipped"), 0)
+    failed = []
+    for text in lines:
+        # "FILE::TEST PASSED [ 1%]"; of many processes "[gw0] [ 1%] PASSED FILE::TEST".
+        if "::" not in text or (" " in text and text.split()[0] in ("FAILED", "ERROR", "SKIPPED")):
+            continue  # the summary at the end names them again
+        words = set(text.split())
+        for outcome in counts:
+            if outcome.upper() in words:
+                counts[outcome] += 1
+                if outcome in ("failed", "error"):
+                    failed.append(next(word for word in text.split() if "::" in word))
+    return counts, failed
 
 
 def sanitizer(bench: Bench) -> None:
     """The tests of the CUDA C++ kernels under memcheck."""
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(tool).exists():
-        raise SystemExit("compute-sanitizer is not installed: it comes with the CUDA toolkit")
+    places = [shutil.which("compute-sanitizer"), "/usr/local/cuda/bin/compute-sanitizer"]
+    tool = next((p for p in places if p and Path(p).exists()), None)
+    if tool is None:
+        bench.record(
+            what="memcheck", error="compute-sanitizer is not installed: it comes with the CUDA toolkit"
+        )
+        return
     names = ("instance_edges", "label_conv", "image_uint8", "instance_pool", "gan_loss", "feature_matching")
     folders = ["tests/native", *(f"tests/ops/test_{name}.py" for name in names)]
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *folders, "-p", "no:cacheprovider"]
-    command = [tool, "--error-exitcode", "9", "--target-processes", "all", *tests]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=bench.left - 2)
-    except subprocess.TimeoutExpired as late:
-        text = late.stdout.decode() if isinstance(late.stdout, bytes) else str(late.stdout or "")
-        errors = text.count("========= Invalid") + text.count("========= Program hit")
-        bench.record(what="memcheck", passed=False, status="out of time", errors_up_to_then=errors)
-        raise SystemExit(1) from None
-    print(done.stdout[-20000:], done.stderr[-5000:])
-    bench.record(what="memcheck", passed=done.returncode == 0, status=done.returncode)
-    if done.returncode != 0:
+    command = [tool, "--error-exitcode", "9", "--target-processes", "all"]
+    known = subprocess.run([tool, "--help"], capture_output=True, text=True, timeout=20).stdout
+    if "--kernel-regex" in known:
+        command += ["--kernel-regex", "kns=p2pfast"]  # PyTorch's kernels are not watched
+    # Every tensor in memory of its own: in a block that PyTorch shares out, what runs over hits no boundary.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    log = bench.record.path.with_name("sanitizer-memcheck.log")
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*command, *tests], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            status = str(process.wait(max(0.5, bench.left - 2)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            status = "out of time"
+    text = log.read_text(errors="replace")
+    errors = text.count("========= Invalid") + text.count("========= Program hit")
+    ran = [t for t in text.splitlines() if " passed" in t or " failed" in t]
+    bench.record(what="memcheck", status=status, errors=errors, tests=ran[-1].strip() if ran else "")
+    if errors or status not in ("0", "out of time"):
         raise SystemExit(1)
 
 
@@ -183,16 +224,18 @@ def ceilings(bench: Bench) -> None:
 def network(bench: Bench, name: str, height: int, width: int, batch: int) -> tuple[nn.Module, Tensor, Any]:
     """A network on the device in evaluation mode, its dense input, and what p2pfast gets."""
     torch.manual_seed(0)
-    model = p2pfast.models.build(name, **({"ngf": 2} if bench.small else {})).eval().to(DEVICE)
+    with DEVICE:  # the flagship's 180 million weights take seconds to draw on a processor
+        model = p2pfast.models.build(name, **({"ngf": 2} if bench.small else {})).eval()
     channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
     if channels <= 3:
         x = torch.randn(batch, channels, height, width, device=DEVICE)
         return model, x, x
     from p2pfast.data.scenes import draw_scene
 
-    scenes = [draw_scene(i, width=width, height=height, photo=False) for i in range(batch)]
-    labels = torch.stack([torch.from_numpy(s.labels).to(torch.uint8) for s in scenes])
-    instances = torch.stack([torch.from_numpy(s.instances).int() for s in scenes])
+    scene = draw_scene(0, width=width, height=height, photo=False)
+    maps = torch.from_numpy(scene.labels).to(torch.uint8), torch.from_numpy(scene.instances).int()
+    # Others of a batch are shifted: to draw each would take longer than to run it.
+    labels, instances = (torch.stack([m.roll(97 * i, 1) for i in range(batch)]) for m in maps)
     given = p2pfast.LabelMap(labels, instances, num_classes=35).to(DEVICE)
     return model, given.dense(torch.float32), given
 
@@ -287,7 +330,9 @@ def flagship(bench: Bench) -> None:
 
 
 def tuned(bench: Bench) -> None:
-    """The flagship with everything measured; what was measured before time is up stays in the cache."""
+    """The flagship with everything measured, after its candidates have been compiled on all processors; what
+    was measured before time is up stays in the cache."""
+    side_by_side(bench, "tuned", 0.6 * bench.left)
     os.environ["P2PFAST_TUNE"] = "on"
     height, width = (64, 128) if bench.small else (1024, 2048)
     model, x, given = network(bench, "pix2pixhd-local", height, width, 1)
@@ -309,51 +354,119 @@ def tuned(bench: Bench) -> None:
     print(p2pfast.explain(fast))
 
 
+def tuned_share(bench: Bench) -> None:
+    """One process of those that compile what ``tuned`` will time: it plans the flagship with clocks that
+    always say 0, so that every form of every layer is asked for."""
+    from p2pfast.ops.conv.gpu import choice
+    from p2pfast.runtime.gpu import measure
+
+    def compile_them(problem: Any, worth: list[Any], device: torch.device) -> None:
+        for candidate in worth:
+            for launch in choice._kernels(problem, candidate, torch.device("meta")):
+                launch.run()
+
+    for module, name, value in (
+        (choice, "_compile", compile_them),
+        (choice, "runner", lambda problem, candidate, device: None),
+        (choice, "graph_seconds", lambda run, device: 0.0),
+        (choice, "_remember", lambda signature, found: None),
+        (measure, "graph_seconds", lambda run, device: 0.0),
+        (measure, "_write", lambda entries: None),
+    ):
+        setattr(module, name, value)
+    os.environ["P2PFAST_TUNE"] = "force"  # asks although an earlier run may know the answers
+    height, width = (64, 128) if bench.small else (1024, 2048)
+    model, _, given = network(bench, "pix2pixhd-local", height, width, 1)
+    planned(model, given, torch.bfloat16)
+
+
 def compile(bench: Bench) -> None:  # noqa: A001 - a section's name
-    """Fills Triton's cache: every process launches each so-many-th step of the plans that are timed later."""
-    count = max(1, min(12, (os.cpu_count() or 2) - 2)) if DEVICE.type == "cuda" else 1
-    start = time.monotonic()
-    command = [sys.executable, __file__, "compile", str(bench.record.path.parent)]
-    command += ["--scale", "small" if bench.small else "full", *([] if DEVICE.type == "cuda" else ["--cpu"])]
-    workers = [subprocess.Popen([*command, "--worker", f"{i}/{count}"]) for i in range(count)]
-    for worker in workers:
-        try:
-            worker.wait(max(1.0, bench.left - 2))
-        except subprocess.TimeoutExpired:
-            worker.kill()
-    failed = sum(worker.wait() != 0 for worker in workers)
-    bench.record(what="compile", processes=count, failed=failed, seconds=time.monotonic() - start)
-    if failed:
+    """Fills Triton's cache with the kernels that are timed later, on all processors."""
+    if side_by_side(bench, "compile", bench.left - 2):
         raise SystemExit(1)
 
 
-def compile_share(bench: Bench, share: str) -> None:
-    """One process of ``compile``: ``share`` is its number and how many there are."""
+def side_by_side(bench: Bench, section: str, seconds: float) -> int:
+    """Runs ``section`` as processes that share its work, for ``seconds`` at most; how many of them failed."""
+    count, start = processes(), time.monotonic()
+    command = [sys.executable, __file__, section, str(bench.record.path.parent)]
+    command += ["--scale", "small" if bench.small else "full", *([] if DEVICE.type == "cuda" else ["--cpu"])]
+    workers = [subprocess.Popen([*command, "--worker", f"{i}/{count}"]) for i in range(count)]
+    late = 0
+    for worker in workers:
+        try:
+            worker.wait(max(0.1, seconds - (time.monotonic() - start)))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            late += 1
+    failed = sum(worker.wait() != 0 for worker in workers)
+    bench.record(what="compile", processes=count, failed=failed, late=late, seconds=time.monotonic() - start)
+    return failed
+
+
+def only_compile(number: int, count: int) -> None:
+    """From now on Triton kernels are compiled instead of launched: each ``count``-th different one, from
+    ``number``. Processes that ask for the same kernels in the same order share them evenly."""
+    from p2pfast.ops.gpu import Launch
+
+    seen: set[str] = set()
+
+    def run(launch: Launch) -> None:
+        key = repr(launch.shipped(""))
+        if key in seen:
+            return
+        seen.add(key)
+        if (len(seen) - 1) % count != number:
+            return
+        try:
+            launch.kernel.warmup(grid=launch.grid, **launch.options)
+        except Exception as reason:  # what does not compile is told where it is timed
+            print(f"{type(reason).__name__}: {reason}", flush=True)
+
+    if DEVICE.type == "cuda":  # the interpreter compiles nothing
+        Launch.run = run  # type: ignore[method-assign]
+
+
+def compile_share(bench: Bench) -> None:
+    """One process of ``compile``: plans what is timed later and goes through its steps; what is most wanted
+    comes first."""
+    if bench.small:
+        walk(bench, "unet_256", 256, 256, torch.bfloat16)
+        return
+    walk(bench, "pix2pixhd-local", 1024, 2048, torch.bfloat16)
+    kernels(bench)
+    walk(bench, "pix2pixhd-local", 1024, 2048, torch.float16)
+    for dtype in (torch.bfloat16, torch.float16):
+        for name in ("resnet_9blocks", "unet_256"):
+            for side in (256, 1024):
+                walk(bench, name, side, side, dtype)
+
+
+def walk(bench: Bench, name: str, height: int, width: int, dtype: torch.dtype) -> None:
+    """Goes through the steps of a network's plan once."""
     from p2pfast.runtime.gpu.plan import DURING
 
-    number, count = (int(part) for part in share.split("/"))
-    small = ("unet_256", 256, 256, 1)
-    cases = [("pix2pixhd-local", 1024, 2048, 1), ("resnet_9blocks", 256, 256, 1), small]
-    for name, height, width, batch in [small] if bench.small else cases:
-        model, _, given = network(bench, name, height, width, batch)
-        for dtype in (torch.bfloat16,) if bench.small else (torch.bfloat16, torch.float16):
-            fast = p2pfast.optimize(model, dtype=dtype, backend="cuda")
-            engine = fast.__dict__["_p2pfast"]._engine()
-            with torch.no_grad():
-                key, tensors, arguments = engine.source.bind((given,), {}, engine.device)
-                engine._first(key, tensors, arguments)
-                plan = engine.plans[key].plan
-                for constant in plan.constants:
-                    engine._refresh(constant)
-                frame = engine._take_frame(plan)
-                for index, step in enumerate(plan.steps):
-                    # Convolutions take long to compile and are shared; the rest runs everywhere, because
-                    # other steps need what it makes.
-                    report = plan.reports[step.report]
-                    shared = report.kernel.startswith("conv") and report.name == step.name
-                    if step.phase == DURING and (not shared or index % count == number):
-                        step.run(frame)
-            synchronize()
+    model, _, given = network(bench, name, height, width, 1)
+    engine = planned(model, given, dtype)
+    (prepared,) = engine.plans.values()
+    with torch.no_grad():
+        for constant in prepared.plan.constants:
+            engine._refresh(constant)
+        frame = engine._take_frame(prepared.plan)
+        for step in prepared.plan.steps:
+            if step.phase == DURING:
+                step.run(frame)
+    synchronize()
+
+
+def planned(model: nn.Module, given: Any, dtype: torch.dtype) -> Any:
+    """The engine of an optimised network, which has planned one call and run nothing."""
+    fast = p2pfast.optimize(model, dtype=dtype, backend="cuda")
+    engine = fast.__dict__["_p2pfast"]._engine()
+    with torch.no_grad():
+        key, tensors, arguments = engine.source.bind((given,), {}, engine.device)
+        engine._first(key, tensors, arguments)
+    return engine
 
 
 def networks(bench: Bench) -> None:
@@ -399,6 +512,24 @@ def compiled(bench: Bench) -> None:
         )
 
 
+def timed(bench: Bench, what: str, dtype: str, run: Run, moved: float, work: float = 0.0) -> None:
+    """Records a kernel's time as a CUDA graph; ``moved`` bytes, ``work`` multiply-adds. Errors are rows too,
+    as the others are worth their time."""
+    if bench.compiles:
+        with contextlib.suppress(Exception):  # to be told where it is timed
+            run()
+        return
+    try:
+        seconds = min(calls(captured(run), 0.3))
+    except Exception as reason:
+        bench.record(what=what, dtype=dtype, error=f"{type(reason).__name__}: {reason}")
+        return
+    row = {"ms": seconds * 1e3, "gb_s": 1e-9 * moved / seconds}
+    if work:
+        row["tflop_s"] = 2e-12 * work / seconds
+    bench.record(what=what, dtype=dtype, **row)
+
+
 def kernels(bench: Bench) -> None:
     """Single kernels at sizes of the flagship, as CUDA graphs of one launch."""
     from p2pfast.ops.conv.gpu.configs import describable
@@ -410,25 +541,19 @@ def kernels(bench: Bench) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         size = torch.empty((), dtype=dtype).element_size()
 
-        def timed(what: str, run: Run, moved: float, work: float = 0.0, dtype: torch.dtype = dtype) -> None:
-            try:
-                seconds = min(calls(captured(run), 0.3))
-            except Exception as reason:
-                bench.record(what=what, dtype=SHORT[dtype], error=f"{type(reason).__name__}: {reason}")
-                return
-            row = {"ms": seconds * 1e3, "gb_s": 1e-9 * moved / seconds}
-            if work:
-                row["tflop_s"] = 2e-12 * work / seconds
-            bench.record(what=what, dtype=SHORT[dtype], **row)
+        def timed_here(
+            what: str, run: Run, moved: float, work: float = 0.0, short: str = SHORT[dtype]
+        ) -> None:
+            timed(bench, what, short, run, moved, work)
 
         for c, h, w in ((64, 512, 1024), (1024, 32, 64)):
             h, w = max(4, h // scale), max(8, w // scale)
             x = torch.randn(1, h, w, c, device=DEVICE).to(dtype)
             out, (s, t) = torch.empty_like(x), torch.ones(2, 1, c, device=DEVICE)
             nbytes = x.numel() * size
-            timed(f"statistics {c}x{h}x{w}", lambda x=x: fused.statistics(x), nbytes)
+            timed_here(f"statistics {c}x{h}x{w}", lambda x=x: fused.statistics(x), nbytes)
             apply = Operand(x, s, t, "relu")
-            timed(
+            timed_here(
                 f"apply {c}x{h}x{w}",
                 lambda a=apply, o=out: fused.apply(a, o, None, "none", 0.0, (0, 0, 0, 0), "zeros"),
                 2 * nbytes,
@@ -468,7 +593,7 @@ def kernels(bench: Bench) -> None:
                     described = replace(tiles.config, descriptor=True)
                     ways.append(replace(tiles, config=described))
                 for way in ways:
-                    timed(
+                    timed_here(
                         f"conv {what} {kind} {way.name}",
                         functools.partial(
                             fused.conv, [source], packed, way, None, out, window, "none", 0.0, partial, count
@@ -487,7 +612,7 @@ def kernels(bench: Bench) -> None:
                     return nn.functional.conv_transpose2d(i, n, None, st, p, st - 1)
                 return nn.functional.conv2d(i, n, None, st, p)
 
-            timed(f"conv {what} cuDNN", library, moved, work)
+            timed_here(f"conv {what} cuDNN", library, moved, work)
     for part in (labels, losses_and_norms):
         try:
             part(bench, 8 if bench.small else 1)
@@ -505,8 +630,7 @@ def labels(bench: Bench, scale: int) -> None:
     ids = given.labels[:, 0].to(torch.uint8).contiguous()
     edges = instance_edges(given.instances[:, 0])
     n, h, w = ids.shape
-    seconds = min(calls(captured(lambda: instance_edges(given.instances[:, 0])), 0.3))
-    bench.record(what="instance_edges", dtype="int32", ms=seconds * 1e3, gb_s=5e-9 * n * h * w / seconds)
+    timed(bench, "instance_edges", "int32", lambda: instance_edges(given.instances[:, 0]), 5.0 * n * h * w)
     for level, cout in ((0, 32), (1, 64)):
         shape = {
             "batch": n,
@@ -536,19 +660,9 @@ def labels(bench: Bench, scale: int) -> None:
         ) -> None:
             fused.label_conv(sh, ids, edges, p, s, o, a, c)
 
-        seconds = min(calls(captured(run), 0.3))
-        moved = out.nbytes + 2.0 * ids.numel()
-        bench.record(
-            what=f"label_conv 7x7 level {level}",
-            dtype="bfloat16",
-            ms=seconds * 1e3,
-            gb_s=1e-9 * moved / seconds,
-        )
+        timed(bench, f"label_conv 7x7 level {level}", "bfloat16", run, out.nbytes + 2.0 * ids.numel())
     image = torch.rand(1, 3, h, w, device=DEVICE, dtype=torch.bfloat16) * 2 - 1
-    seconds = min(calls(captured(lambda: image_to_uint8(image)), 0.3))
-    bench.record(
-        what="image_uint8", dtype="bfloat16", ms=seconds * 1e3, gb_s=1e-9 * 3 * image.numel() / seconds
-    )
+    timed(bench, "image_uint8", "bfloat16", lambda: image_to_uint8(image), 3.0 * image.numel())
 
 
 def training(bench: Bench) -> None:
@@ -656,28 +770,17 @@ def losses_and_norms(bench: Bench, scale: int) -> None:
     from p2pfast.nn import FeatureMatchingLoss, GANLoss
     from p2pfast.ops.norm_act.op import norm_act, norm_act_backward
 
-    def timed(what: str, run: Run, moved: float, dtype: torch.dtype) -> None:
-        try:
-            seconds = min(calls(captured(run), 0.3))
-        except Exception as reason:
-            bench.record(what=what, dtype=SHORT[dtype], error=f"{type(reason).__name__}: {reason}")
-            return
-        bench.record(what=what, dtype=SHORT[dtype], ms=seconds * 1e3, gb_s=1e-9 * moved / seconds)
-
     for dtype in (torch.bfloat16, torch.float32):
         for c, h, w in ((64, 512, 1024), (1024, 32, 64)):
             h, w = h // scale, w // scale
             x = torch.randn(1, c, h, w, device=DEVICE).to(dtype).contiguous(memory_format=torch.channels_last)
             name = f"instance norm + relu {c}x{h}x{w}"
-            timed(f"{name} forward", lambda x=x: norm_act(x, act="relu"), 3.0 * x.nbytes, dtype)
+            run = functools.partial(norm_act, x, act="relu")
+            timed(bench, f"{name} forward", SHORT[dtype], run, 3.0 * x.nbytes)
             _, mean, variance = norm_act(x, act="relu")
             numbers = (mean, variance, False, 1e-5, "relu", 0.0, None, False)
-            timed(
-                f"{name} backward",
-                lambda x=x, n=numbers: norm_act_backward(x, x, None, None, *n),
-                5.0 * x.nbytes,
-                dtype,
-            )
+            back = functools.partial(norm_act_backward, x, x, None, None, *numbers)
+            timed(bench, f"{name} backward", SHORT[dtype], back, 5.0 * x.nbytes)
         shapes = [(1, 64 << min(i, 3), 512 // scale >> i, 1024 // scale >> i) for i in range(1, 4)]
         fake = [torch.randn(s, device=DEVICE).to(dtype).requires_grad_() for s in shapes]
         real = [torch.randn(s, device=DEVICE).to(dtype) for s in shapes]
@@ -687,10 +790,9 @@ def losses_and_norms(bench: Bench, scale: int) -> None:
         def match(fake: Any = fake, real: Any = real, loss: Any = matching) -> Any:
             return loss([[*fake, fake[-1]]], [[*real, real[-1]]])
 
-        timed("feature matching, with its gradient", match, 3.0 * nbytes, dtype)
-        timed(
-            "lsgan, with its gradient", lambda f=fake, g=gan: g([[t] for t in f], True), 2.0 * nbytes, dtype
-        )
+        timed(bench, "feature matching, with its gradient", SHORT[dtype], match, 3.0 * nbytes)
+        judged = functools.partial(gan, [[t] for t in fake], True)
+        timed(bench, "lsgan, with its gradient", SHORT[dtype], judged, 2.0 * nbytes)
 
 
 def translate(bench: Bench) -> None:
@@ -740,7 +842,7 @@ def main() -> None:
     parser.add_argument(
         "--cpu", action="store_true", help="try the code in Triton's interpreter, with --scale small"
     )
-    parser.add_argument("--worker", help="N/M: one of M processes of the section compile")
+    parser.add_argument("--worker", help="N/M: one of M processes that compile for a section")
     options = parser.parse_args()
     os.environ.setdefault("P2PFAST_TUNE", "off")
     if options.cpu:
@@ -749,9 +851,11 @@ def main() -> None:
         global DEVICE
         DEVICE, engine.on_cpu = torch.device("cpu"), {}
     if options.worker:
-        name = f"compile-{options.worker.replace('/', '-of-')}"
-        bench = Bench(gpu_record.Recorder(options.folder, name), options.scale == "small", options.seconds)
-        compile_share(bench, options.worker)
+        name = f"{options.section}-{options.worker.replace('/', '-of-')}"
+        small = options.scale == "small"
+        bench = Bench(gpu_record.Recorder(options.folder, name), small, options.seconds, compiles=True)
+        only_compile(*(int(part) for part in options.worker.split("/")))
+        (tuned_share if options.section == "tuned" else compile_share)(bench)
         return
     record = gpu_record.Recorder(options.folder, options.section)
     SECTIONS[options.section](Bench(record, options.scale == "small", options.seconds))

@@ -17,12 +17,15 @@ endif()
 # sm_80 code also runs on 8.6 and 8.9; sm_90a may use wgmma and TMA; the PTX serves what comes later.
 set(cuda_targets -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a -gencode
                  arch=compute_90,code=compute_90)
+set(cuda_strict)
+if(P2PFAST_WERROR)
+  set(cuda_strict -Werror all-warnings)
+endif()
 set(cuda_flags
     -std=c++20
     -O3
     ${cuda_targets}
-    -Werror
-    all-warnings
+    ${cuda_strict}
     -Xcompiler
     -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-psabi
     -I${CMAKE_CURRENT_SOURCE_DIR}/csrc)

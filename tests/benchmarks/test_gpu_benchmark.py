@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,22 @@ sys.exit(name == "bad")
     assert "| good | done |" in (tmp_path / "out" / "gpu.md").read_text()
 
 
+def test_what_a_section_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of a section that is stopped, or that fails and leaves them, would go on using the device."""
+    script = """import pathlib, subprocess, sys, time
+late = pathlib.Path(sys.argv[2]) / "late"
+work = f"import pathlib, time; time.sleep(1.5); pathlib.Path({str(late)!r}).touch()"
+subprocess.Popen([sys.executable, "-c", work])
+time.sleep(60 if sys.argv[1] == "slow" else 0)
+"""
+    (tmp_path / "gpu_sections.py").write_text(script)
+    monkeypatch.setattr(gpu(), "__file__", str(tmp_path / "gpu.py"))
+    for name in ("slow", "leaves"):
+        gpu().run_section(gpu().Section(name, 1, ""), tmp_path, [], 0.8 if name == "slow" else 10.0)
+    time.sleep(1.7)
+    assert not (tmp_path / "late").exists()
+
+
 def test_rows_that_are_errors_are_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a trial on the CPU is interpreted."""
     script = """import json, os, pathlib, sys
@@ -106,6 +123,24 @@ def test_shares_and_comparisons(tmp_path: Path) -> None:
     summary = {"device": "D", "versions": {"torch": "1"}, "sections": {}, "compared": [found], "rows": rows}
     page = gpu_record.markdown(summary)
     assert "| net | bfloat16 | 2 (p2pfast) | 6 (torch.compile) | 3.00 |" in page and "| 50% |" in page
+    assert "| net | eager | bfloat16 | 9 |" in page and "net  broken" in page.split("Errors:")[1]
+
+
+def test_outcomes_of_pytest() -> None:
+    """Of one process and of many, and without counting what the summary says again."""
+    import gpu_sections
+
+    lines = [
+        "tests/a.py::test_one PASSED      [ 50%]",
+        "[gw3] [ 60%] FAILED tests/a.py::test_two[x y]",
+        "tests/a.py::test_three SKIPPED (no reason) [ 70%]",
+        "[gw1] [ 80%] ERROR tests/b.py::test_four",
+        "FAILED tests/a.py::test_two[x y] - AssertionError",
+        "= 1 failed, 1 passed in 3.0s =",
+    ]
+    counts, failed = gpu_sections.outcomes(lines)
+    assert counts == {"passed": 1, "failed": 1, "error": 1, "skipped": 1}
+    assert failed == ["tests/a.py::test_two[x", "tests/b.py::test_four"]
 
 
 def test_a_section_records_in_the_interpreter(tmp_path: Path) -> None:

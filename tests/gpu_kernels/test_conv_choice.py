@@ -79,7 +79,7 @@ def test_measured_choices_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("P2PFAST_TUNE", "on")
     times = iter([3e-5, 1e-5, 2e-5, 4e-5, 5e-5, 6e-5, 7e-5])
     asked: list[str] = []
-    monkeypatch.setattr(choice, "_time", lambda run, device: next(times))
+    monkeypatch.setattr(choice, "graph_seconds", lambda run, device: next(times))
     monkeypatch.setattr(choice, "machine", lambda device: Machine())
     monkeypatch.setattr(choice, "_signature", lambda *about: "shape")
     monkeypatch.setattr(choice, "_compile", lambda problem, worth, device: None)
@@ -115,7 +115,7 @@ def test_tiles_that_do_not_fit_a_device_lose(tmp_path: Path, monkeypatch: pytest
             raise OutOfResources(131072, 101376, "shared memory")
         return 1e-5 * len(names)
 
-    monkeypatch.setattr(choice, "_time", time)
+    monkeypatch.setattr(choice, "graph_seconds", time)
     monkeypatch.setattr(choice, "machine", lambda device: Machine())
     monkeypatch.setattr(choice, "_signature", lambda *about: "shape")
     monkeypatch.setattr(choice, "_compile", lambda problem, worth, device: None)

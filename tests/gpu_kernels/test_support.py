@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,3 +168,9 @@ def test_tf32_by_either_interface() -> None:
     finally:
         torch.backends.cudnn.allow_tf32 = True
     assert allows_tf32()
+
+
+def test_grids_that_cuda_refuses() -> None:
+    """Before the launch, whose own error says only that an argument is invalid."""
+    with pytest.raises(ValueError, match=r"a grid of \(1, 65536\) blocks.*split the batch"):
+        Launch(SimpleNamespace(__name__="k"), (1, 65536), {}).run()

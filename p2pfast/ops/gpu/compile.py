@@ -25,6 +25,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import p2pfast.ops
 from p2pfast.ops.gpu.launch import Shipped
@@ -107,10 +108,8 @@ def _load_bits(ptx: str) -> int:
     return widest
 
 
-def compile_one(operator: str, config: Shipped, target: int) -> Compiled:
-    """Compiles a configuration for a target (80, 90, 100)."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+def _source(operator: str, config: Shipped) -> Any:
+    """What Triton compiles. Raises ValueError for a configuration that lacks parameters."""
     from triton.compiler import ASTSource
 
     names = config.kernel.arg_names
@@ -122,7 +121,31 @@ def compile_one(operator: str, config: Shipped, target: int) -> Compiled:
     if aligned is None:
         aligned = tuple(n for n, kind in signature.items() if kind.startswith("*") or kind == "i32")
     hints = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned if signature[n] != "constexpr"}
-    source = ASTSource(config.kernel, signature, constexprs=dict(config.constexprs), attrs=hints)
+    return ASTSource(config.kernel, signature, constexprs=dict(config.constexprs), attrs=hints)
+
+
+def front_end(config: Shipped, target: int) -> str:
+    """Triton's intermediate code of a configuration, before anything is made of it: takes a tenth of the time
+    of compiling, and finds what the interpreter does not mind."""
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+
+    goal = GPUTarget("cuda", target, 32)
+    backend, context = make_backend(goal), ir.context()
+    options = backend.parse_options({"num_warps": config.num_warps, "num_stages": config.num_stages})
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    return str(_source(config.name, config).make_ir(goal, options, functions, modules, context))
+
+
+def compile_one(operator: str, config: Shipped, target: int) -> Compiled:
+    """Compiles a configuration for a target (80, 90, 100)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    source = _source(operator, config)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     kernel = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     registers, stack = _resources(kernel.asm["cubin"])

@@ -21,6 +21,8 @@ _TYPES = {
     torch.int64: "i64",
 }
 
+_MOST_BLOCKS = 65535  # in a grid's second and third direction
+
 
 @dataclass(frozen=True)
 class Shipped:
@@ -76,7 +78,12 @@ class Launch:
         }
 
     def run(self) -> None:
-        """Launches on the current device and stream."""
+        """Launches on the current device and stream. Raises ValueError for a grid that CUDA refuses."""
+        if max(self.grid[1:], default=1) > _MOST_BLOCKS or self.grid[0] >= 2**31:
+            raise ValueError(
+                f"{self.kernel.__name__} would need a grid of {self.grid} blocks, and CUDA starts at most "
+                f"{_MOST_BLOCKS} in the second and third direction: split the batch, or the image"
+            )
         self.kernel[self.grid](**self.options)
 
     def shipped(self, name: str, matmul: bool = False) -> Shipped:

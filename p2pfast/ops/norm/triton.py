@@ -334,7 +334,8 @@ def _map_kernel(
         mask = (row < values)[:, None] & there[None, :]
     at = map_offsets(row, channel, pixels, x_image, x_stride, PLANES, OVER_BATCH)
     v = load(x + image * x_image + at, mask).to(tl.float32)
-    n = values.to(tl.float32)
+    # Not values.to(): where it is 1, the compiler makes it a Python integer.
+    n = 1.0 * values
     center = tl.sum(v, 0) / n
     d = v - center[None, :]
     if not EVEN:

@@ -95,7 +95,7 @@ def _map_kernel(
     tl.store(to, total, mask=there)
     tl.store(to + channels, weighted, mask=there)
     if not FROZEN:
-        share = 1.0 / values.to(tl.float32)
+        share = 1.0 / values  # where it is 1, a Python integer
         dz = dz - (total * share)[None, :] - n * (weighted * share)[None, :]
     store(dx + image * x_image + at, dz * (gain * rstd), mask)
 
@@ -200,7 +200,7 @@ def _finish_kernel(
     center, rstd, gain, offset = _channel_values(
         mean + image * norm_stride, variance + image * norm_stride, weight, bias, 0, channel, channels, eps
     )
-    share = 1.0 / values.to(tl.float32)
+    share = 1.0 / values  # where it is 1, a Python integer
     of_sums = sums + image * 2 * norm_stride + channel
     total = tl.load(of_sums, mask=there, other=0.0) * share
     weighted = tl.load(of_sums + channels, mask=there, other=0.0) * share

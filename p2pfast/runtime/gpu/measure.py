@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from p2pfast.ops.gpu import allows_tf32
-from p2pfast.ops.gpu.capture import capture
+from p2pfast.ops.gpu.capture import graph_seconds
 from p2pfast.ops.measured import cache_folder, tuning
 from p2pfast.runtime.gpu.forms import APPLIED, LIBRARY, PROLOGUE, Layer
 from p2pfast.runtime.gpu.kernels import Operand, Sizes, Window
 
 if TYPE_CHECKING:
     from p2pfast.runtime.gpu.tensors import Tensors
-
-_RUNS = 5
 
 
 def _path() -> Any:
@@ -75,6 +73,10 @@ def stopwatch(layer: Layer, window: Window, statistics: bool, of: Tensors) -> Ca
                 known = _measure(kind, layer, window, statistics, of)
             except torch.OutOfMemoryError:
                 return float("inf")  # of memory that a plan shares better; not remembered
+            except RuntimeError:
+                if kind != LIBRARY:
+                    raise
+                return float("inf")  # it has no way to do this one
             _write({key: known})
         return known
 
@@ -138,27 +140,4 @@ def _measure(kind: str, layer: Layer, window: Window, statistics: bool, of: Tens
             kernels.conv([source], packed, tiles, None, out, used, "none", 0.0, partial, count)
 
     assert kind in (PROLOGUE, APPLIED, LIBRARY)
-    return seconds(run, device)
-
-
-def seconds(run: Callable[[], None], device: torch.device) -> float:
-    """The least of a few runs as a CUDA graph, which has no pauses between launches."""
-    with torch.cuda.device(device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with capture(graph, device):
-            run()
-        best = float("inf")
-        for _ in range(_RUNS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            best = min(best, float(start.elapsed_time(end)) * 1e-3)
-        return best
+    return graph_seconds(run, device)

@@ -26,16 +26,13 @@ from p2pfast.ops.conv.gpu.library import library_conv, library_refuses
 from p2pfast.ops.conv.gpu.pack import Packed, pack, refuses
 from p2pfast.ops.conv.gpu.source import Source
 from p2pfast.ops.gpu import Launch, allows_tf32, compile_together
-from p2pfast.ops.gpu.capture import capture
+from p2pfast.ops.gpu.capture import graph_seconds
 from p2pfast.ops.measured import cache_folder, tuning
 
 # An estimate that is this far behind needs no measurement to lose.
 _WORTH_MEASURING = 1.5
 _MOST_MEASURED = 4  # compiling takes seconds
 _MOST_DESCRIBED = 2  # of these, also with their weights through a tensor descriptor
-_RUNS = 5
-_REPEATS = 4  # of a launch in one timed graph
-
 
 _META = torch.device("meta")
 
@@ -175,7 +172,7 @@ def choose(
         _compile(problem, worth, device)
         for c in worth:
             try:
-                seconds = _time(runner(problem, c, device), device)
+                seconds = graph_seconds(runner(problem, c, device), device)
             except (TritonError, RuntimeError) as error:  # no room for it, or it does not compile
                 if not isinstance(error, (TritonError, torch.OutOfMemoryError)) and not _described(c):
                     raise
@@ -184,7 +181,12 @@ def choose(
             timed.append(dataclasses.replace(c, seconds=seconds, measured=True))
         if reason is None:
             guess = Candidate(None, None, 0.0, True)
-            timed.append(dataclasses.replace(guess, seconds=_time(runner(problem, guess, device), device)))
+            try:
+                seconds = graph_seconds(runner(problem, guess, device), device)
+            except RuntimeError as error:  # no memory, or no way to do this one
+                refused.append(("library", str(error)))
+            else:
+                timed.append(dataclasses.replace(guess, seconds=seconds))
         if not timed:
             return Choice(found[0], tuple(found[1:]), tuple(refused))
         known = sorted(timed, key=lambda c: c.seconds)
@@ -329,30 +331,6 @@ def runner(problem: Problem, candidate: Candidate, device: torch.device) -> Call
         )
 
     return by_library
-
-
-def _time(run: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one run inside a CUDA graph, which has no pauses between launches; the least of a few."""
-    with torch.cuda.device(device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):  # compiles the kernel, and lets the library choose its own
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with capture(graph, device):
-            for _ in range(_REPEATS):
-                run()
-        best = float("inf")
-        for _ in range(_RUNS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            best = min(best, float(start.elapsed_time(end)) * 1e-3 / _REPEATS)
-        return best
 
 
 def _signature(problem: Problem, device: torch.device, library: bool, layouts: tuple[str, ...] | None) -> str:
