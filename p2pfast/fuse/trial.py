@@ -44,6 +44,12 @@ def _gpu(captured: Captured, tensors: list[Any]) -> torch.device | None:
     return None
 
 
+def _settle(gpu: torch.device | None) -> None:
+    """Waits for a device, so that a clock on the host tells its time and not only that of the launches."""
+    if gpu is not None:
+        torch.cuda.synchronize(gpu)
+
+
 def signature(captured: Captured, tensors: list[Any]) -> str:
     """A network, its shapes and what is differentiated, as another process would name them too."""
     words: list[str] = []
@@ -96,11 +102,15 @@ def plan_loses(
         return False
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), arguments)
 
+    gpu = _gpu(captured, tensors)
+
     def modules() -> None:
         run(*args, **kwargs)
+        _settle(gpu)
 
     def bound_plan() -> None:
         plan()
+        _settle(gpu)
 
     words = signature(captured, tensors)
     with unmarked(captured):
@@ -144,8 +154,7 @@ class Trial:
             if outputs:
                 ones = [torch.ones_like(t) for t in outputs]
                 torch.autograd.grad(outputs, [*learned, *leaves], ones, allow_unused=True)
-            if gpu is not None:
-                torch.cuda.synchronize(gpu)  # so that a clock on the host tells its time
+            _settle(gpu)
 
         run.__name__ = way
         return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from gpu_runtime.plain import PlainKernels
 from networks import make
 
 import p2pfast
+from p2pfast.fuse import trial
 from p2pfast.runtime.gpu import engine, frame, require
 from p2pfast.runtime.memory import OutOfMemory
 
@@ -124,3 +126,24 @@ def test_too_little_memory_on_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
         r"PyTorch keeps 200\.0 MB unused; take a smaller image or batch",
     ):
         frame.allocate(2 * 10**9, torch.device("cuda:0"), "memory for intermediate tensors")
+
+
+def test_a_trial_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock on the host would compare launches otherwise."""
+    done: list[str] = []
+    monkeypatch.setattr(trial, "_gpu", lambda captured, tensors: torch.device("cuda", 3))
+    monkeypatch.setattr(trial, "would_be_seen", lambda captured: False)
+    monkeypatch.setattr(trial, "signature", lambda captured, tensors: "network")
+    monkeypatch.setattr(trial, "unmarked", lambda captured: contextlib.nullcontext())
+    monkeypatch.setattr(trial.measured, "fixed", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append(f"waited for {device}"))
+
+    def pick(key: Any, *ways: Any, **options: Any) -> str:
+        for way in ways:
+            way()
+        return str(ways[0].__name__)
+
+    monkeypatch.setattr(trial.measured, "pick", pick)
+    captured: Any = None
+    assert trial.plan_loses(captured, [], ((), {}), lambda: done.append("plan"), lambda: done.append("run"))
+    assert done == ["run", "waited for cuda:3", "plan", "waited for cuda:3"]
