@@ -8,12 +8,13 @@
 # nvcc has to be on PATH or under CUDA_HOME. Every step has a limit of time (BUILD_S, TESTS_S, MEASURE_S) and goes on
 # where the one before failed; at the end the logs are packed into logs.tar.gz.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
+python=$(command -v "${PYTHON:-python3}") || { echo "no ${PYTHON:-python3}" >&2; exit 2; }
+PATH=$(dirname "$python"):$PATH # cmake and ninja may be packages of the same environment
 folder=${1:?folder for the results}
 shift
 mkdir -p "$folder/logs"
 folder=$(cd "$folder" && pwd)
+cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 failed=0
 
@@ -32,7 +33,7 @@ step() {
 build() {
   set -e
   cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DP2PFAST_CUDA="${P2PFAST_CUDA:-1}" \
-    -DP2PFAST_WERROR=OFF -DPython_EXECUTABLE="$(command -v "$python")" \
+    -DP2PFAST_WERROR=OFF -DPython_EXECUTABLE="$python" \
     -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)"
   cmake --build build/gpu --target _C
   cp build/gpu/_C.*.so p2pfast/
