@@ -102,6 +102,13 @@ def test_measured_choices_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not choose(TRUNK, device).best.measured
 
 
+def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("P2PFAST_TUNE", "on")
+    monkeypatch.setattr(choice, "in_capture", lambda device: True)
+    monkeypatch.setattr(choice, "machine", lambda device: Machine())
+    assert not choose(TRUNK, torch.device("cuda")).best.measured
+
+
 def test_tiles_that_do_not_fit_a_device_lose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shared memory is known when a kernel is compiled; the others go on."""
     monkeypatch.setenv("P2PFAST_CACHE_DIR", str(tmp_path))

@@ -122,11 +122,11 @@ def test_in_a_graph_of_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = fast(x)
     state: Any = fast.__dict__["_p2pfast"]
     frames = [f for kept in state.engine.idle.values() for f in kept]
-    monkeypatch.setattr(engine, "_in_capture", lambda device: True)
+    monkeypatch.setattr(engine, "in_capture", lambda device: True)
     assert relative(fast(x), expected) == 0
     assert [f for kept in state.engine.idle.values() for f in kept] == frames
     assert state.engine.seconds() == [0.0] * len(state.engine.last[0].reports)
-    monkeypatch.setattr(engine, "_in_capture", lambda device: False)
+    monkeypatch.setattr(engine, "in_capture", lambda device: False)
     assert relative(fast(x), expected) == 0
 
 

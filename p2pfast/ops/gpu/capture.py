@@ -35,6 +35,14 @@ def capture(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]
             torch.cuda.set_stream(before)
 
 
+def in_capture(device: torch.device) -> bool:
+    """Whether the caller is capturing a CUDA graph of its own there: nothing can be timed meanwhile."""
+    if device.type != "cuda" or not torch.cuda.is_initialized():
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 _SAMPLES = 5
 _SAMPLE = 1e-3  # seconds: what starting a graph takes is little of it
 _MOST_REPLAYS = 50

@@ -13,6 +13,7 @@ from p2pfast.fuse.graph import Graph
 from p2pfast.fuse.source import GraphSource, ModuleSource
 from p2pfast.labelmap import LabelMap
 from p2pfast.ops.gpu import allows_tf32
+from p2pfast.ops.gpu.capture import in_capture
 from p2pfast.runtime.engine import Dense, Engine, Prepared, update_running
 from p2pfast.runtime.gpu.frame import Frame, graphs_wanted, out_of_memory
 from p2pfast.runtime.gpu.kernels import Kernels, fused_kernels
@@ -36,14 +37,6 @@ def streams_wanted() -> int:
     if not value.isdecimal() or not 1 <= int(value) <= 16:
         raise ValueError(f"{STREAMS} is {value!r}; choose a number from 1 to 16")
     return int(value)
-
-
-def _in_capture(device: torch.device) -> bool:
-    """Whether the caller is capturing a CUDA graph of its own."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
 
 
 class CudaEngine(Engine):
@@ -138,7 +131,7 @@ class CudaEngine(Engine):
 
     def _execute(self, prepared: Prepared, tensors: list[Any]) -> Any:
         plan: GpuPlan = prepared.plan
-        if _in_capture(self.device):
+        if in_capture(self.device):
             # Memory of the caller's CUDA graph, at addresses that nobody else may use afterwards.
             try:
                 return self._run_frame(prepared, self.frame_type(plan, self.device), tensors)
@@ -165,7 +158,7 @@ class CudaEngine(Engine):
             else:
                 frame.values[node] = Dense(value)
         # What was captured cannot wait for what was not; the caller has run the network before.
-        if self.refreshed is not None and not _in_capture(self.device):
+        if self.refreshed is not None and not in_capture(self.device):
             torch.cuda.current_stream(self.device).wait_event(self.refreshed)
         capturable = self.device.type == "cuda" and not plan.obstacles and graphs_wanted()
         if frame.graph is None and capturable and frame.runs:

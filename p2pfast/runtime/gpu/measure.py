@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from p2pfast.ops.gpu import allows_tf32
-from p2pfast.ops.gpu.capture import graph_seconds
+from p2pfast.ops.gpu.capture import graph_seconds, in_capture
 from p2pfast.ops.measured import cache_folder, tuning
 from p2pfast.runtime.gpu.forms import APPLIED, LIBRARY, PROLOGUE, Layer
 from p2pfast.runtime.gpu.kernels import Operand, Sizes, Window
@@ -48,9 +48,10 @@ def _write(entries: dict[str, float]) -> None:
 
 
 def stopwatch(layer: Layer, window: Window, statistics: bool, of: Tensors) -> Callable[[str], float] | None:
-    """Seconds of a form of a layer on the device of ``of``; None where measuring is switched off."""
+    """Seconds of a form of a layer on the device of ``of``; None where measuring is switched off,
+    and while the caller captures a CUDA graph."""
     mode = tuning()
-    if mode == "off" or of.device.type != "cuda":
+    if mode == "off" or of.device.type != "cuda" or in_capture(of.device):
         return None
     from p2pfast import __version__
 

@@ -26,7 +26,7 @@ from p2pfast.ops.conv.gpu.library import library_conv, library_refuses
 from p2pfast.ops.conv.gpu.pack import Packed, pack, refuses
 from p2pfast.ops.conv.gpu.source import Source
 from p2pfast.ops.gpu import Launch, allows_tf32, compile_together
-from p2pfast.ops.gpu.capture import graph_seconds
+from p2pfast.ops.gpu.capture import graph_seconds, in_capture
 from p2pfast.ops.measured import cache_folder, tuning
 
 # An estimate that is this far behind needs no measurement to lose.
@@ -149,7 +149,8 @@ def choose(
     """The quickest way to do a convolution on a device.
 
     Args:
-        device: where it will run; of a CPU (Triton's interpreter), only the model is asked.
+        device: where it will run; of a CPU (Triton's interpreter), only the model is asked, and so while the
+            caller captures a CUDA graph.
         layouts: of packed weights, where not all shall be candidates.
         library: whether the library's convolution between passes is a candidate; an estimate never picks it.
 
@@ -158,7 +159,7 @@ def choose(
     """
     mode = tuning()
     found, refused = estimated(problem, device, layouts)
-    if device.type != "cuda" or mode == "off":
+    if device.type != "cuda" or mode == "off" or in_capture(device):
         return Choice(found[0], tuple(found[1:]), tuple(refused))
     window = problem.kernel, problem.stride, problem.padding, problem.transposed
     reason = library_refuses(problem.size, problem.out_size, *window) if library else "not asked for"
