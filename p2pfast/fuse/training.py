@@ -16,9 +16,11 @@ from p2pfast.fuse.source import CannotRun, Captured, GraphSource, ModuleSource, 
 from p2pfast.fuse.steps import CHAINS, CHANNELS_LAST, MODULES, Program, convolution_size
 from p2pfast.fuse.trial import Trial, apart, unmarked, would_be_seen
 from p2pfast.labelmap import LabelMap
+from p2pfast.ops.conv_norm_act.convolution import library_has_bfloat16
 
 _MOST_PROGRAMS = 64  # kinds of input and states of the module that are remembered
 _NATIVE = ((3, 1), (3, 2), (4, 2))  # kernels and strides
+_HOPELESS = 1e8  # multiplications: a tenth of a second where the library has no convolution for a dtype
 
 
 class TrainingEngine:
@@ -113,14 +115,29 @@ class TrainingEngine:
             likely = [CHAINS, CHANNELS_LAST]
             if self.device.type == "cpu" and not _suits_channels_last(chains):
                 likely.reverse()
-            self.ways[kind] = Trial(captured, tensors).fastest([MODULES, *likely])
+            modules = [] if self._modules_are_hopeless(chains) else [MODULES]
+            self.ways[kind] = Trial(captured, tensors).fastest([*modules, *likely])
         way = self.ways[kind]
         return chains if way == CHAINS else Program(captured, way)
+
+    def _modules_are_hopeless(self, program: Program) -> bool:
+        """Whether a run of the modules would take seconds or minutes, and lose: in bfloat16, on a processor
+        for which PyTorch has no such convolution."""
+        if self.device.type != "cpu" or library_has_bfloat16():
+            return False
+        lowered = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.native
+        return lowered == torch.bfloat16 and _multiplications(program)[0] > _HOPELESS
 
 
 def _suits_channels_last(program: Program) -> bool:
     """Whether the native kernels, which take no other layout, save most of the multiplications: a guess where
     nothing is measured."""
+    total, native = _multiplications(program)
+    return 2 * native > total
+
+
+def _multiplications(program: Program) -> tuple[int, int]:
+    """Of all the chains' convolutions, and of those that the native kernels do with fewer."""
     total = native = 0
     for chain in program.chains:
         if chain.conv is None:
@@ -128,4 +145,4 @@ def _suits_channels_last(program: Program) -> bool:
         kernel, stride, done = convolution_size(chain)
         total += done
         native += done if (kernel, stride) in _NATIVE else 0
-    return 2 * native > total
+    return total, native

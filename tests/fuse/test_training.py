@@ -292,3 +292,23 @@ def test_a_trial_leaves_no_mark(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     again = p2pfast.optimize(net, mode="train")
     again(X.clone().requires_grad_())
     assert list(next(iter(again.__dict__["_p2pfast"].trainers.values())).ways.values()) == [way]
+
+
+def test_modules_that_would_take_minutes_are_not_tried(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 on a processor for which PyTorch has no such convolution; small ones are tried."""
+    tried: list[list[str]] = []
+    monkeypatch.setattr(Trial, "fastest", lambda self, ways: tried.append(ways) or ways[-1])
+    net = nn.Sequential(block(3, 8), block(8, 8))
+    for lowered, has, hopeless in (
+        (torch.bfloat16, False, 0.0),
+        (torch.bfloat16, False, 1e8),
+        (torch.bfloat16, True, 0.0),
+        (torch.float32, False, 0.0),
+    ):
+        monkeypatch.setattr(training, "library_has_bfloat16", lambda has=has: has)
+        monkeypatch.setattr(training, "_HOPELESS", hopeless)
+        fast = p2pfast.optimize(net, mode="train")
+        with torch.autocast("cpu", torch.bfloat16, enabled=lowered == torch.bfloat16):
+            fast(X).float().sum().backward()
+    assert ["modules" in ways for ways in tried] == [False, True, True, True]
+    assert all({"chains", "channels_last"} <= set(ways) for ways in tried)

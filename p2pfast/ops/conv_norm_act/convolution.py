@@ -91,13 +91,13 @@ def _fastest(
     """By the library or by one of the native algorithms."""
     ways = [_named(name, native) for name in names]
     # Without a convolution of its own for the dtype PyTorch takes seconds for one: not worth a try.
-    if not ways or dtype != torch.bfloat16 or _library_has_bfloat16():
+    if not ways or dtype != torch.bfloat16 or library_has_bfloat16():
         ways = [*library, *ways]
     return fastest(key, *ways)
 
 
 @functools.cache
-def _library_has_bfloat16() -> bool:
+def library_has_bfloat16() -> bool:
     """Whether the library convolves bfloat16 on this processor, other than one value after another."""
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
