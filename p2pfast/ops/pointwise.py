@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,8 @@ from p2pfast.ops.threads import use_torch_threads
 
 # In the order of the native enumeration (csrc/cpu/pointwise_loss.h).
 LOSSES = ("logistic", "square", "hinge", "linear", "absolute_difference", "squared_difference")
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_HALF = 2
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: _HALF}
 
 _LARGE = 1 << 20  # values: such memory is new at every call, and half of the time goes into its page faults
 
@@ -51,7 +53,7 @@ def dense_like(x: Tensor, other: Tensor) -> Tensor:
 
 def gradient_weights(values: Sequence[Tensor], weights: Sequence[float]) -> list[float]:
     """What the stored gradients still lack: float16 has no room for 1 / (number of values)."""
-    return [w if x.dtype == torch.float16 else 1.0 for x, w in zip(values, weights, strict=True)]
+    return [w if x.dtype is torch.float16 else 1.0 for x, w in zip(values, weights, strict=True)]
 
 
 class Call(NamedTuple):
@@ -71,28 +73,23 @@ def _call(
     weights: Sequence[float],
     gradient: bool,
 ) -> Call:
-    parts, gradients, kept = [], [], []
-    for i, weight in enumerate(weights):
-        x = dense(a[i])
-        dtype, place, count = x.dtype, x.data_ptr(), x.numel()
-        kind = of_b = TYPES[dtype]
-        place_b, address = place, 0
-        if b is not None:
-            y = dense_like(b[i], x)
-            kept.append(y)
-            place_b, of_b = y.data_ptr(), TYPES[y.dtype]
-        if gradient:
-            made = torch.empty_like(x)
-            if count >= _LARGE and x.is_cpu:
-                in_large_pages(made)
-            gradients.append(made)
-            address = made.data_ptr()
-        kept.append(x)
-        stored = 1.0 if dtype is torch.float16 else weight
-        parts.append((place, place_b, address, count, kind, of_b, weight, stored))
+    # By operations on whole lists: of a small loss, statements of Python take longest.
+    x = [t if t.is_contiguous() else dense(t) for t in a]
+    y = x if b is None else list(map(dense_like, b, x))
+    kinds = [TYPES[t.dtype] for t in x]
+    kinds_of_b = kinds if b is None else [TYPES[t.dtype] for t in y]
+    counts = list(map(Tensor.numel, x))
+    gradients = list(map(torch.empty_like, x)) if gradient else []
+    if max(counts) >= _LARGE and x[0].is_cpu:
+        for made in gradients:
+            in_large_pages(made)
+    places = map(Tensor.data_ptr, gradients) if gradient else [0] * len(x)
+    stored = [1.0 if kind == _HALF else w for kind, w in zip(kinds, weights, strict=True)]
+    addresses = map(Tensor.data_ptr, x), map(Tensor.data_ptr, y), places
+    parts = list(zip(*addresses, counts, kinds, kinds_of_b, weights, stored, strict=True))
     out = torch.empty((), dtype=torch.float32, device=a[0].device)
     arguments = {"loss": LOSSES.index(loss), "target": target, "parts": parts, "out": out.data_ptr()}
-    return Call(arguments, out, gradients, kept)
+    return Call(arguments, out, gradients, [*x, *y])
 
 
 def run_pointwise(
@@ -130,6 +127,8 @@ def run_pointwise_on_cuda(
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_DTYPE = operator.attrgetter("dtype")
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # what outlives a transform is, too
 
 
 def is_direct(tensors: Sequence[Tensor]) -> bool:
@@ -139,7 +138,7 @@ def is_direct(tensors: Sequence[Tensor]) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     for x in tensors:
-        if type(x) not in _PLAIN or not x.is_cpu or x.dtype not in TYPES:
+        if type(x) not in _PLAIN or not x.is_cpu or x.dtype not in TYPES or _is_wrapped(x):
             return False
     return True
 
@@ -159,7 +158,7 @@ def direct_loss(given: Sum, a: Sequence[Tensor]) -> Tensor:
     """The loss without a registered operator, which takes ten times as long to call as the losses of a small
     discriminator take to compute. Needs ``is_direct`` of all tensors."""
     if torch.is_grad_enabled():
-        result: Tensor = DirectLoss.apply(given, *a)
+        result: Tensor = _apply(given, *a)
         return result
     return run_pointwise(given.loss, given.target, a, given.b, given.weights, False)[0]
 
@@ -175,14 +174,19 @@ class DirectLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        a, gradients = saved[: len(saved) // 2], saved[len(saved) // 2 :]
-        found: Sequence[Tensor | None]
+        given, saved = ctx.given, ctx.saved_tensors
+        count = len(given.weights)
         if torch.is_grad_enabled():
-            found = differentiable(ctx.given.reference, a, upstream)
-        else:
-            found = scaled(gradients, gradient_weights(a, ctx.given.weights), upstream)
-        return None, *found
+            return None, *differentiable(given.reference, saved[:count], upstream)
+        gradients = saved[count:]
+        plain = type(upstream) is Tensor and upstream.is_cpu
+        if plain and upstream.item() == 1.0 and torch.float16 not in map(_DTYPE, gradients):
+            return None, *gradients  # what scaled() comes to; the end of a small loss on its own
+        return None, *scaled(gradients, gradient_weights(gradients, given.weights), upstream)
+
+
+# Without what Function.apply does for transformed and wrapped tensors: is_direct() lets none through.
+_apply = super(torch.autograd.Function, DirectLoss).apply
 
 
 def fake_pointwise(a: Sequence[Tensor], gradient: bool) -> tuple[Tensor, list[Tensor]]:
@@ -192,9 +196,10 @@ def fake_pointwise(a: Sequence[Tensor], gradient: bool) -> tuple[Tensor, list[Te
 
 def scaled(gradients: Sequence[Tensor], missing: Sequence[float], upstream: Tensor) -> list[Tensor]:
     """The stored gradients times the gradient of what follows; themselves where that is 1."""
-    if type(upstream) is Tensor and upstream.device.type == "cuda" and has_kernel("pointwise_scale"):
+    plain = type(upstream) is Tensor
+    if plain and upstream.is_cuda and has_kernel("pointwise_scale"):
         return _scaled_on_cuda(gradients, missing, upstream)
-    if type(upstream) is not Tensor or upstream.device.type != "cpu":  # traced: its value is not known
+    if not plain or not upstream.is_cpu:  # traced: its value is not known
         return [(g.float() * (upstream * m)).to(g.dtype) for g, m in zip(gradients, missing, strict=True)]
     factor = float(upstream)
     return [g if factor * m == 1.0 else g * (factor * m) for g, m in zip(gradients, missing, strict=True)]

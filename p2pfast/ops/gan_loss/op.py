@@ -60,7 +60,7 @@ def gan_loss(predictions: Sequence[Tensor], loss: str, target: float, weight: fl
         ValueError: no predictions, an empty one, predictions on different devices, or another loss.
     """
     predictions = list(predictions)
-    if loss in _LOSSES and predictions and is_direct(predictions) and all(x.numel() for x in predictions):
+    if loss in _LOSSES and predictions and is_direct(predictions) and 0 not in map(Tensor.numel, predictions):
 
         def reference(x: Sequence[Tensor]) -> Tensor:
             return gan_loss_reference(x, loss, target, weight)
