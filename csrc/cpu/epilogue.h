@@ -77,6 +77,18 @@ P2PFAST_INLINE Vec finish(Vec v, Act act, float slope) {
   return v;
 }
 
+// The same where every value of a tile is code of its own: a call for what takes more than a few
+// instructions.
+__attribute__((noinline)) inline Vec finish_smooth(Vec v, Act act, float slope) {
+  return finish(v, act, slope);
+}
+P2PFAST_INLINE Vec finish_in_tile(Vec v, Act act, float slope) {
+  if (act == Act::kNone) return v;
+  if (act == Act::kRelu) return v < 0.0f ? Vec{} : v;
+  if (act == Act::kLeaky) return leaky(v, splat(slope));
+  return finish_smooth(v, act, slope);
+}
+
 // One vector of channels [c, c + kLanes) of an output pixel. Channels past the last are zero, as
 // weights and bias are there.
 template <class T>

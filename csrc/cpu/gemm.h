@@ -61,86 +61,38 @@ P2PFAST_INLINE void set_values(Pair* b, int64_t width, int64_t k, int64_t n, Vec
   store(at, k % 2 == 0 ? half : load(at) | half << 16);
 }
 
-// While it computes, the lines from `next` on are brought into the cache, `step` bytes further for each
-// four values of k: weights that are used once come from memory in the meantime.
-template <int kRows, int kVectors, class A, class B>
-__attribute__((noinline)) void gemm_micro(const A* const* rows, const B* b, float* c, int64_t ldc, int k,
-                                          bool accumulate, const char* next, int step) {
-  const A* a[kRows];
-#pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m) a[m] = rows[m];
-  Vec acc[kRows][kVectors];
-#pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 16
-    for (int n = 0; n < kVectors; ++n) acc[m][n] = accumulate ? load(c + m * ldc + n * kLanes) : Vec{};
-  }
-  auto advance = [&](int i) {
-    decltype(load(b)) row[kVectors];
-#pragma GCC unroll 16
-    for (int n = 0; n < kVectors; ++n) row[n] = load(b + n * kLanes);
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) {
-      const auto x = splat(a[m][i]);
-#pragma GCC unroll 16
-      for (int n = 0; n < kVectors; ++n) acc[m][n] = multiply_add(acc[m][n], x, row[n]);
-    }
-    b += kVectors * kLanes;
-  };
-  int i = 0;
-  for (; i + 4 <= k; i += 4) {
-#pragma GCC unroll 4
-    for (int line = 0; line < kPrefetched; ++line) __builtin_prefetch(next + 64 * line, 0, 2);
-    next += step;
-#pragma GCC unroll 4
-    for (int u = 0; u < 4; ++u) advance(i + u);
-  }
-  for (; i < k; ++i) advance(i);
-#pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 16
-    for (int n = 0; n < kVectors; ++n) store(c + m * ldc + n * kLanes, acc[m][n]);
-  }
-}
+// The kernels of kernels/gemm.cpp for elements B: of[vectors][rows] computes `rows` rows of a panel of
+// `vectors` vectors, for 1 to 3 vectors (4 with 16 lanes) and 1 to min2(kMaxRows, full_rows(vectors)) or
+// full_rows(vectors) rows. While it computes, the lines from `next` on are brought into the cache, `step`
+// bytes further for each four values of k: weights that are used once come from memory in the meantime.
+inline constexpr int kMostVectors = kLanes == 16 ? 4 : 3, kMostRows = 8;
+template <class B>
+struct GemmMicros {
+  using Micro = void (*)(const Factor<B>* const* rows, const B* b, float* c, int64_t ldc, int k,
+                         bool accumulate, const char* next, int step);
+  Micro of[kMostVectors + 1][kMostRows + 1];
+};
+extern const GemmMicros<float> gemm_micros_float;
+extern const GemmMicros<bf16> gemm_micros_bf16;
+extern const GemmMicros<Pair> gemm_micros_pair;
+P2PFAST_INLINE const GemmMicros<float>& gemm_micros(const float*) { return gemm_micros_float; }
+P2PFAST_INLINE const GemmMicros<bf16>& gemm_micros(const bf16*) { return gemm_micros_bf16; }
+P2PFAST_INLINE const GemmMicros<Pair>& gemm_micros(const Pair*) { return gemm_micros_pair; }
 
 // `row(m)` is where row m of A begins.
-template <int kVectors, class Row, class B>
-void gemm_rows(int rows, Row&& row, const B* b, float* c, int64_t ldc, int k, bool accumulate,
-               const char* next) {
-  constexpr int kFull = full_rows(kVectors), kPart = min2(kFull, kMaxRows);
+template <class Row, class B>
+P2PFAST_INLINE void gemm_rows(int vectors, int rows, Row&& row, const B* b, float* c, int64_t ldc, int k,
+                              bool accumulate, const char* next) {
+  const int full = full_rows(vectors), part = min2(full, kMaxRows);
   // The next panel is as long as this one; each group of rows fetches its share.
-  const int step = kVectors * kLanes * 4 * static_cast<int>(sizeof(B)) / max2(1, rows / kFull);
-  decltype(row(0)) a[kFull];
+  int step = vectors * kLanes * 4 * static_cast<int>(sizeof(B));
+  if (rows >= 2 * full) step /= rows / full;
+  const auto* const micros = gemm_micros(b).of[vectors];
+  const Factor<B>* a[kMostRows];
   for (int m = 0; m < rows;) {
-    const int left = rows - m, count = left >= kFull ? kFull : min2(kPart, left);
+    const int left = rows - m, count = left >= full ? full : min2(part, left);
     for (int i = 0; i < count; ++i) a[i] = row(m + i);
-    auto run = [&]<int kRows>() {
-      if constexpr (kRows <= kFull)
-        gemm_micro<kRows, kVectors>(a, b, c + m * ldc, ldc, k, accumulate, next, step);
-    };
-    switch (count) {
-      case 1:
-        run.template operator()<1>();
-        break;
-      case 2:
-        run.template operator()<2>();
-        break;
-      case 3:
-        run.template operator()<3>();
-        break;
-      case 4:
-        run.template operator()<4>();
-        break;
-      case 5:
-        run.template operator()<5>();
-        break;
-      case 6:
-        run.template operator()<6>();
-        break;
-      default:
-        run.template operator()<kFull>();
-        break;
-    }
+    micros[count](a, b, c + m * ldc, ldc, k, accumulate, next, step);
     m += count;
     next += static_cast<int64_t>(step) * (k / 4);
   }
@@ -151,29 +103,18 @@ inline constexpr int kMaxDepth = 384;  // of one product
 // One panel of `vectors` * kLanes columns, `k` at most kMaxDepth; `next` is the panel that will be used after
 // it. bfloat16 that is not in pairs is widened once where many rows use it.
 template <class Row, class B>
-void gemm_panel(int vectors, int rows, Row&& row, const B* b, float* c, int64_t ldc, int k, bool accumulate,
-                const B* next) {
+P2PFAST_INLINE void gemm_panel(int vectors, int rows, Row&& row, const B* b, float* c, int64_t ldc, int k,
+                               bool accumulate, const B* next) {
   const char* line = reinterpret_cast<const char*>(next);
-  auto run = [&](const auto* panel) {
-    switch (vectors) {
-      case 1:
-        return gemm_rows<1>(rows, row, panel, c, ldc, k, accumulate, line);
-      case 2:
-        return gemm_rows<2>(rows, row, panel, c, ldc, k, accumulate, line);
-      case 3:
-        return gemm_rows<3>(rows, row, panel, c, ldc, k, accumulate, line);
-      default:
-        if constexpr (kLanes == 16) gemm_rows<4>(rows, row, panel, c, ldc, k, accumulate, line);
-    }
-  };
   if constexpr (sizeof(B) == 2) {
     if (rows > 2 * kMaxRows) {
       alignas(64) float wide[kMaxDepth * kPanel];
       for (int i = 0; i < k * vectors * kLanes; i += kLanes) store(wide + i, load(b + i));
-      return run(wide);
+      const float* const panel = wide;
+      return gemm_rows(vectors, rows, row, panel, c, ldc, k, accumulate, line);
     }
   }
-  run(b);
+  gemm_rows(vectors, rows, row, b, c, ldc, k, accumulate, line);
 }
 
 }  // namespace p2pfast::P2PFAST_LEVEL

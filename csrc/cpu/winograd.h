@@ -78,10 +78,14 @@ struct Winograd {
 
   // Row kRow of the points of `count` sorted input channels, into u + (point of the row) * point_stride.
   template <int kRow, class T, class U>
-  static void transform_row(const T* from, int count, int vectors, U* u, int64_t point_stride) {
+  __attribute__((noinline)) static void transform_row(const T* from, int count, int vectors, U* u,
+                                                      int64_t point_stride) {
     const int width = vectors * kLanes;
     for (int k = 0; k < count; ++k, from += kTaps2 * width) {
-      for (int v = 0; v < width; v += kLanes) {
+#pragma GCC unroll 4
+      for (int vector = 0; vector < kPanelVectors; ++vector) {
+        if (vector == vectors) break;
+        const int v = vector * kLanes;
         Vec taps[kTaps2], half[S::kTaps], row[S::kPoints];
 #pragma GCC unroll 16
         for (int t = 0; t < kTaps2; ++t)
@@ -124,8 +128,17 @@ struct Winograd {
       alignas(64) float sorted[kPart * kTaps2 * kPanel];
       sort_any_weights(k0, count, c, vectors, sorted);
       U* to = packed + static_cast<int64_t>(c) * depth + elements(args, k0) * vectors * kLanes;
-      for (int i = 0; i < S::kPoints; ++i)
-        transform_any_row(i, sorted, count, vectors, to + i * S::kPoints * point, point);
+      for (int i = 0; i < S::kPoints; ++i, to += S::kPoints * point) {
+        if constexpr (std::is_same_v<U, bf16>) {  // rounded afterwards: functions for float are there anyway
+          alignas(64) float row[S::kPoints * kPart * kPanel];
+          transform_any_row(i, sorted, count, vectors, row, kPart * kPanel);
+          for (int j = 0; j < S::kPoints; ++j)
+            for (int k = 0; k < count * vectors * kLanes; k += kLanes)
+              store(to + j * point + k, load(row + j * kPart * kPanel + k));
+        } else {
+          transform_any_row(i, sorted, count, vectors, to, point);
+        }
+      }
     });
   }
   static constexpr int kPart = 16;  // channels, of what a thread sorts at a time
@@ -292,26 +305,36 @@ struct Winograd {
            static_cast<int64_t>(tx) * S::kStepOut * args.out.pixel_stride;
   }
 
+  // A vector of channels of a tile that may reach over the edge, or of an output that is not plain.
   template <class T>
   void store_tile(int64_t image, int ty, int tx, int c, const float* sums, int64_t sum_stride, Vec bias,
                   Moments& moments) const {
-    const int rows = args.out_height - ty * S::kStepOut, columns = args.out_width - tx * S::kStepOut;
+    const int rows = min2(S::kStepOut, args.out_height - ty * S::kStepOut);
+    const int columns = min2(S::kStepOut, args.out_width - tx * S::kStepOut);
     T* base = tile_at<T>(image, ty, tx);
-    tile_rows(sums, sum_stride, [&](int y, int x, Vec v) {
-      if (y >= rows || x >= columns) return;
-      const Vec value = v + bias;
-      if (args.partial) moments.add(value);
-      put_vector(args, base + y * args.out.row_stride + x * args.out.pixel_stride, c,
-                 finish(value, args.act, args.slope));
-    });
+    Vec tile[S::kStepOut * S::kStepOut];
+    tile_values(sums, sum_stride, tile);
+#pragma GCC unroll 1
+    for (int y = 0; y < rows; ++y) {
+#pragma GCC unroll 1
+      for (int x = 0; x < columns; ++x) {
+        const Vec value = tile[y * S::kStepOut + x] + bias;
+        if (args.partial) moments.add(value);
+        put_vector(args, base + y * args.out.row_stride + x * args.out.pixel_stride, c,
+                   finish_in_tile(value, args.act, args.slope));
+      }
+    }
     if (args.partial) moments.settle();
+  }
+  __attribute__((noinline)) static void tile_values(const float* sums, int64_t sum_stride, Vec* tile) {
+    tile_rows(sums, sum_stride, [&](int y, int x, Vec v) { tile[y * S::kStepOut + x] = v; });
   }
 
   // A whole tile, a cache line of channels, which are innermost.
   static constexpr int kLine = min2(16 / kLanes, kPanelVectors);
-  template <class T, bool kStream>
+  template <class T>
   void store_line(int64_t image, int ty, int tx, int c, const float* sums, int64_t sum_stride,
-                  const Vec* bias, Moments* moments) const {
+                  const Vec* bias, Moments* moments, bool streaming) const {
     constexpr int kStep = S::kStepOut;
     Vec tile[kStep * kStep * kLine];
 #pragma GCC unroll 4
@@ -330,22 +353,20 @@ struct Winograd {
       moments[v].add_sums(shift, sum, squares, kStep * kStep);
     }
     T* base = tile_at<T>(image, ty, tx) + c;
-    for (int y = 0; y < kStep; ++y) {
-      T* to = base + y * args.out.row_stride;
+    auto each = [&](auto&& put) __attribute__((always_inline)) {
+      for (int y = 0; y < kStep; ++y) {
+        T* to = base + y * args.out.row_stride;
 #pragma GCC unroll 4
-      for (int x = 0; x < kStep; ++x, to += args.out.pixel_stride) {
+        for (int x = 0; x < kStep; ++x, to += args.out.pixel_stride) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kLine; ++v) {
-          Vec value = tile[(y * kStep + x) * kLine + v];
-          if (args.act != Act::kNone) value = finish(value, args.act, args.slope);
-          if constexpr (kStream) {
-            stream(to + v * kLanes, value);
-          } else {
-            store(to + v * kLanes, value);
-          }
+          for (int v = 0; v < kLine; ++v) put(to + v * kLanes, tile[(y * kStep + x) * kLine + v]);
         }
       }
+    };
+    if constexpr (sizeof(T) == 4) {
+      if (streaming) return each([&](T* to, Vec v) { stream(to, finish_in_tile(v, args.act, args.slope)); });
     }
+    each([&](T* to, Vec v) { store(to, finish_in_tile(v, args.act, args.slope)); });
   }
 
   // Stores tiles [first, first + count) of an image and their statistics as part `part`.
@@ -373,15 +394,7 @@ struct Winograd {
           const int c = g + v * kLanes;
           const float* from = panel_of(sums, c, sum_stride) + t * kPanel;
           if (whole && v + kLine <= vectors) {
-            if constexpr (sizeof(T) == 4) {
-              if (streaming) {
-                store_line<T, true>(image, ty, tx, c0 + c, from, sum_stride, bias + v, moments + v);
-              } else {
-                store_line<T, false>(image, ty, tx, c0 + c, from, sum_stride, bias + v, moments + v);
-              }
-            } else {
-              store_line<T, false>(image, ty, tx, c0 + c, from, sum_stride, bias + v, moments + v);
-            }
+            store_line<T>(image, ty, tx, c0 + c, from, sum_stride, bias + v, moments + v, streaming);
             v += kLine;
           } else {
             store_tile<T>(image, ty, tx, c0 + c, from, sum_stride, bias[v], moments[v]);
