@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # All that there is to do on a machine with an NVIDIA GPU, into one folder; docs/gpu.md says what comes out.
 #
-#   benchmarks/gpu_session.sh results/h100                    build, info, tests, measure
-#   benchmarks/gpu_session.sh results/h100 tests measure      only these
+#   benchmarks/gpu_machine.sh results/h100                    build, info, tests, measure
+#   benchmarks/gpu_machine.sh results/h100 tests measure      only these
 #
 # Nothing is installed: python3 (or PYTHON=...) needs PyTorch with CUDA, Triton, pytest, pybind11, cmake and ninja, and
 # nvcc has to be on PATH or under CUDA_HOME. Every step has a limit of time (BUILD_S, TESTS_S, MEASURE_S) and goes on
