@@ -118,20 +118,32 @@ def correctness(bench: Bench) -> None:
     folders = ["tests/gpu_runtime", "tests/ops", "tests/native", "tests/gpu_kernels"]
     # A trial of this code skips them all.
     command += folders if DEVICE.type == "cuda" else ["tests/gpu_runtime/test_device.py"]
-    with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            status = str(process.wait(max(0.5, bench.left - 3)))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            status = "out of time"
+    status = status_within(bench.left - 3, command, log)
     lines = log.read_text(errors="replace").splitlines()
     counts, failed = outcomes(lines)
     summary = lines[-1] if lines else ""
     bench.record(what="pytest -m gpu", status=status, **counts, summary=summary, failures=failed[:50])
     if failed or status not in ("0", "5", "out of time"):  # 5: nothing to run
         raise SystemExit(1)
+
+
+def status_within(
+    seconds: float, command: list[str], log: Path, environment: dict[str, str] | None = None
+) -> str:
+    """How a command ended that writes to ``log``, or that it was stopped after so many seconds."""
+    with log.open("w") as file:
+        try:
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                timeout=max(0.5, seconds),
+            )
+        except subprocess.TimeoutExpired:
+            return "out of time"
+    return str(done.returncode)
 
 
 def processes() -> int:
@@ -141,17 +153,19 @@ def processes() -> int:
 
 def outcomes(lines: list[str]) -> tuple[dict[str, int], list[str]]:
     """How many tests passed, failed and so on by pytest's verbose output, and which failed."""
-    counts = dict.fromkeys(("passed", "failed", "error", "skipped"), 0)
+    # Not "error": a row with that has no measurement.
+    counted = {"PASSED": "passed", "FAILED": "failed", "ERROR": "errors", "SKIPPED": "skipped"}
+    counts = dict.fromkeys(counted.values(), 0)
     failed = []
     for text in lines:
         # "FILE::TEST PASSED [ 1%]"; of many processes "[gw0] [ 1%] PASSED FILE::TEST".
         if "::" not in text or (" " in text and text.split()[0] in ("FAILED", "ERROR", "SKIPPED")):
             continue  # the summary at the end names them again
         words = set(text.split())
-        for outcome in counts:
-            if outcome.upper() in words:
-                counts[outcome] += 1
-                if outcome in ("failed", "error"):
+        for outcome, name in counted.items():
+            if outcome in words:
+                counts[name] += 1
+                if outcome in ("FAILED", "ERROR"):
                     failed.append(next(word for word in text.split() if "::" in word))
     return counts, failed
 
@@ -175,16 +189,7 @@ def sanitizer(bench: Bench) -> None:
     # Every tensor in memory of its own: in a block that PyTorch shares out, what runs over hits no boundary.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     log = bench.record.path.with_name("sanitizer-memcheck.log")
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [*command, *tests], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment
-        )
-        try:
-            status = str(process.wait(max(0.5, bench.left - 2)))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            status = "out of time"
+    status = status_within(bench.left - 2, [*command, *tests], log, environment)
     text = log.read_text(errors="replace")
     errors = text.count("========= Invalid") + text.count("========= Program hit")
     ran = [t for t in text.splitlines() if " passed" in t or " failed" in t]

@@ -139,7 +139,7 @@ def test_outcomes_of_pytest() -> None:
         "= 1 failed, 1 passed in 3.0s =",
     ]
     counts, failed = gpu_sections.outcomes(lines)
-    assert counts == {"passed": 1, "failed": 1, "error": 1, "skipped": 1}
+    assert counts == {"passed": 1, "failed": 1, "errors": 1, "skipped": 1}
     assert failed == ["tests/a.py::test_two[x", "tests/b.py::test_four"]
 
 
