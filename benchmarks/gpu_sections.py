@@ -618,11 +618,31 @@ def kernels(bench: Bench) -> None:
                 return nn.functional.conv2d(i, n, None, st, p)
 
             timed_here(f"conv {what} cuDNN", library, moved, work)
+            if dtype == torch.bfloat16 and what in ("3x3 1024", "3x3 s2 32-64", "7x7 32-3"):
+                gradients(bench, what, image, out.permute(0, 3, 1, 2), native, stride, moved, work)
     for part in (labels, losses_and_norms):
         try:
             part(bench, 8 if bench.small else 1)
         except Exception as reason:  # the others are still worth their time
             bench.record(what=part.__name__, error=f"{type(reason).__name__}: {reason}")
+
+
+def gradients(
+    bench: Bench, what: str, x: Tensor, grad: Tensor, weight: Tensor, stride: int, moved: float, work: float
+) -> None:
+    """A layer's two gradients, by the library and by the tile of the own kernels that the model prefers."""
+    from p2pfast.ops.conv_norm_act import convolution
+    from p2pfast.ops.conv_norm_act.geometry import Geometry
+
+    geometry = Geometry(stride, weight.shape[2] // 2, 0, False, "zeros")
+    with torch.no_grad():
+        found = {
+            "weight": convolution.weight_gradient_ways(grad, x, weight, geometry, weight.dtype),
+            "data": convolution.data_gradient_ways(grad, x.shape, weight, geometry),
+        }
+        for kind, ways in found.items():
+            for way in (ways[0], ways[-1]):
+                timed(bench, f"{kind} gradient {what} {way.__name__}", SHORT[x.dtype], way, moved, work)
 
 
 def labels(bench: Bench, scale: int) -> None:

@@ -17,6 +17,7 @@ import json
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +25,8 @@ from typing import TypeVar
 import torch
 
 from p2pfast import _C
+from p2pfast.ops.gpu import allows_tf32
+from p2pfast.ops.gpu.capture import in_capture
 
 T = TypeVar("T")
 
@@ -31,6 +34,7 @@ _REPEATS = 2  # timed runs of each way after one to warm up; the least counts
 _SPINNING = 0.02  # seconds of a run that threads left spinning before it can delay noticeably
 _LONG = 1.0  # seconds of a run beside which what only a first run does is small
 _MOST_REPEATS = 20
+_ON_DEVICE = 0.02  # seconds for each way on a GPU, where a run takes little and waits for the device
 _FAR_BEHIND = 2.0  # times the best: more than what others on the machine do to one run
 _chosen: dict[tuple[object, ...], str] = {}
 
@@ -58,17 +62,24 @@ def fixed() -> bool:
     return torch.are_deterministic_algorithms_enabled() or tuning() == "off"
 
 
-def fastest(key: tuple[object, ...], *ways: Callable[[], T]) -> T:
+def fastest(key: tuple[object, ...], *ways: Callable[[], T], device: torch.device | None = None) -> T:
     """The result of the fastest of ``ways``, which compute the same and are known by their names.
 
     ``key`` says what the time depends on besides the processor, the threads and the versions of PyTorch and
-    this library; its parts must have a telling and lasting ``repr``.
+    this library; its parts must have a telling and lasting ``repr``. ``device`` is for ways that run on a
+    GPU: the time is until it has finished, after a run that compiles kernels; nothing is measured while the
+    caller captures a CUDA graph there. A way that fails there is left out, with a warning.
     """
-    return next(way for way in ways if way.__name__ == pick(key, *ways))()
+    name = pick(key, *ways, device=device)
+    return next(way for way in ways if way.__name__ == name)()
 
 
 def pick(
-    key: tuple[object, ...], *ways: Callable[[], object], seconds: float = 0.0, lead: float = 0.0
+    key: tuple[object, ...],
+    *ways: Callable[[], object],
+    seconds: float = 0.0,
+    lead: float = 0.0,
+    device: torch.device | None = None,
 ) -> str:
     """The name of the fastest of ``ways``, as :func:`fastest` takes it; each is timed for ``seconds``.
 
@@ -76,32 +87,65 @@ def pick(
     """
     if len(ways) == 1 or fixed():
         return ways[-1].__name__
-    key = (
-        *key,
-        *(way.__name__ for way in ways),
-        torch.get_num_threads(),
-        os.environ.get("P2PFAST_CACHE_DIR"),
-    )
-    if key not in _chosen:
-        _chosen[key] = _choose(key[:-1], ways, seconds, lead)
-    return _chosen[key]
+    key = (*key, *(way.__name__ for way in ways), torch.get_num_threads())
+    if device is not None:
+        key = (*key, allows_tf32(), torch.backends.cudnn.benchmark)
+    here = (*key, os.environ.get("P2PFAST_CACHE_DIR"), device)
+    if here not in _chosen:
+        if device is not None and in_capture(device):
+            return ways[-1].__name__
+        _chosen[here] = _choose(key, ways, seconds, lead, device)
+    return _chosen[here]
 
 
 def _choose(
-    key: tuple[object, ...], ways: tuple[Callable[[], object], ...], seconds: float, lead: float
+    key: tuple[object, ...],
+    ways: tuple[Callable[[], object], ...],
+    seconds: float,
+    lead: float,
+    device: torch.device | None,
 ) -> str:
     from p2pfast import __version__
 
-    machine = (_C.processor_name(), _C.active_level(), __version__, torch.__version__)
-    signature = hashlib.sha256(repr((key, machine)).encode()).hexdigest()[:32]
+    machine = [_C.processor_name(), _C.active_level(), __version__, torch.__version__]
+    if device is not None:
+        machine += [torch.cuda.get_device_name(device), str(torch.backends.cudnn.version())]
+    signature = hashlib.sha256(repr((key, tuple(machine))).encode()).hexdigest()[:32]
     path, again = cache_folder() / "ways.json", tuning() == "force"
     names = [way.__name__ for way in ways]
     known = None if again else _read(path).get(signature)
     if known in names:
         return known
+    if device is not None:
+        ways, seconds = _ready(ways, device), max(seconds, _ON_DEVICE)
     times = _seconds(ways, seconds)
-    times[0] *= 1 - lead
-    return _settle(path, signature, names[times.index(min(times))], names, again)
+    times[0] *= 1 - lead if ways[0].__name__ == names[0] else 1
+    return _settle(path, signature, ways[times.index(min(times))].__name__, names, again)
+
+
+def _ready(ways: tuple[Callable[[], object], ...], device: torch.device) -> tuple[Callable[[], object], ...]:
+    """The ways that run on a GPU, compiled, each with waiting for the end; the last has no substitute."""
+
+    def waiting(way: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            way()
+            torch.cuda.synchronize(device)
+
+        run.__name__ = way.__name__
+        return run
+
+    found = []
+    for way in map(waiting, ways):
+        try:
+            way()
+        except Exception as error:  # no room for it, or it does not compile there
+            if way.__name__ == ways[-1].__name__:
+                raise
+            text = f"{way.__name__} cannot run on {device} and is not used: {type(error).__name__}: {error}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        else:
+            found.append(way)
+    return tuple(found)
 
 
 def _seconds(ways: tuple[Callable[[], object], ...], seconds: float) -> list[float]:

@@ -14,6 +14,7 @@ from p2pfast.ops.conv.gpu.choice import Candidate, Problem, _kernels
 from p2pfast.ops.conv.gpu.configs import Config
 from p2pfast.ops.norm import triton as norms
 from p2pfast.ops.norm_act import triton as training
+from p2pfast.ops.weight_gradient import triton as weights
 
 meta = torch.device("meta")
 
@@ -59,6 +60,10 @@ for problem, layout, config in (
     (point, "rows", tile), (up, "phases", tile), (up, "columns", tile),
 ):
     launches += _kernels(problem, Candidate(layout, config, 0.0), meta)
+for channels in (1, 16):  # columns that span taps, and that do not
+    given = some(1, 1, 1, 1), some(1, channels, 1, 1), some(1, channels, 1, 1), 1, 0, "zeros"
+    for splits in (1, 2):
+        launches += weights.launches(*given, Config(16, 16, 16, splits=splits), "tf32")
 wrong = []
 for launch in launches:
     config = launch.shipped(launch.kernel.__name__)

@@ -4,7 +4,9 @@ would call for CUDA tensors."""
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -78,16 +80,47 @@ def test_which_tensors_layers_take(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """CPU tensors take the Triton kernels, interpreted, and the library's convolutions."""
+    """CPU tensors take the Triton kernels, interpreted."""
     if not interpreted():
         pytest.skip("TRITON_INTERPRET is not set")
+    monkeypatch.setenv("P2PFAST_TUNE", "off")  # where that takes the own kernels on a CPU
     forward, backward = (o._backend_fns["cuda"] for o in (_norm_act, _norm_act_backward))
     monkeypatch.setitem(_norm_act._backend_fns, "cpu", forward)
     monkeypatch.setattr(layer, "norm_act", forward_with(forward))
     monkeypatch.setattr(layer, "norm_act_backward", backward_with(backward))
-    monkeypatch.setattr(convolution, "_algorithms", lambda *_: [])
-    monkeypatch.setattr(convolution, "_weight_algorithms", lambda *_: [])
     yield
+
+
+def on_gpu() -> ModuleType:
+    return importlib.import_module("p2pfast.ops.conv_norm_act.on_gpu")  # imports triton
+
+
+@pytest.mark.skipif(not interpreted(), reason="TRITON_INTERPRET is not set")
+@pytest.mark.parametrize("number", range(len(LAYERS)))
+def test_convolutions_and_gradients(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be measured, against float64: forward, data and weight."""
+    monkeypatch.setenv("P2PFAST_TUNE", "off")  # where that takes the own kernels on a CPU
+    given, kernel, last = LAYERS[number]
+    geometry = options_of(given, last).geometry
+    x = (torch.randn(2, 8, 6, 8) + 1).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(*((8, 6) if geometry.transposed else (6, 8)), kernel, kernel)
+    bias = torch.randn(6)
+    exact = [t.double().requires_grad_() for t in (x, weight, bias)]
+    monkeypatch.setattr(convolution, "_own", lambda _: None)
+    y = convolution.forward(*exact, geometry)
+    grad = torch.randn(y.shape).contiguous(memory_format=torch.channels_last)
+    of_x, of_weight, _ = torch.autograd.grad(y, exact, grad.double())
+
+    monkeypatch.setattr(convolution, "_own", lambda _: on_gpu())
+    with torch.no_grad():
+        assert relative(convolution.forward(x, weight, bias, geometry), y) < 1e-5
+        assert relative(convolution.data_gradient(grad, x.shape, weight, geometry), of_x) < 1e-5
+        data = convolution.data_gradient_ways(grad, x.shape, weight, geometry)
+        own = convolution.weight_gradient_ways(grad, x, weight, geometry, torch.float32)
+        assert all(relative(way(), of_weight) < 1e-5 for way in own)
+        assert all(relative(way(), data[-1]()) < 1e-5 for way in data)
+    tiles = [way.__name__ for way in (*data, *own) if "warps" in way.__name__]
+    assert len(tiles) >= 2 and "library" in [way.__name__ for way in own]
 
 
 def forward_with(kernel: Any) -> Any:
@@ -119,11 +152,20 @@ def gradients(net: nn.Module, x: Tensor) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", ["resnet", "patchgan"])
+@pytest.mark.parametrize(
+    ("name", "convolutions"),
+    [
+        ("resnet", "library"),
+        ("patchgan", "triton"),
+        pytest.param("resnet", "triton", marks=pytest.mark.slow),
+        pytest.param("patchgan", "library", marks=pytest.mark.slow),
+    ],
+)
 def test_networks_train_with_the_triton_kernels(
-    name: str, as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+    name: str, convolutions: str, as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("P2PFAST_STRICT", "1")
+    monkeypatch.setattr(convolution, "_own", lambda _: on_gpu() if convolutions == "triton" else None)
     net, (x,) = make(name)
     net, x = net.train(), x[:, :, :16, :24] if name == "resnet" else x
     expected = gradients(copy.deepcopy(net), x)

@@ -16,7 +16,6 @@ from p2pfast.ops.conv.activation import activate
 from p2pfast.ops.conv.op import run_conv
 from p2pfast.ops.conv_norm_act import conv_norm_act, conv_norm_act_reference, convolution, join
 from p2pfast.ops.conv_norm_act.pad import padded, unpadded
-from p2pfast.ops.conv_norm_act.weight import ALGORITHMS, weight_gradient
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 LAYERS: list[tuple[int, int, int, dict[str, Any]]] = [
@@ -382,57 +381,6 @@ def test_gradient_of_padding(mode: str) -> None:
         grad = torch.randn_like(y)
         (expected,) = torch.autograd.grad(y, x, grad)
         torch.testing.assert_close(unpadded(grad.clone(), padding, mode), expected)
-
-
-WEIGHTS = [  # images, inputs, outputs, height, width, kernel, stride, padding, mode
-    (1, 3, 40, 4, 4, 3, 1, 1, "zeros"),
-    (2, 33, 5, 7, 10, 3, 1, 1, "reflect"),
-    (1, 16, 50, 3, 5, 3, 1, 2, "replicate"),
-    (2, 40, 7, 9, 12, 3, 2, 1, "zeros"),
-    (1, 35, 31, 8, 6, 4, 2, 1, "zeros"),
-    (1, 17, 9, 2, 2, 4, 2, 1, "zeros"),
-    (1, 9, 64, 11, 7, 4, 1, 2, "zeros"),
-    (1, 6, 100, 30, 70, 4, 1, 1, "reflect"),
-    (2, 5, 3, 20, 70, 7, 1, 3, "reflect"),
-    (1, 3, 20, 40, 40, 5, 3, 0, "zeros"),
-    (3, 2, 8, 96, 96, 3, 1, 1, "zeros"),
-]
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_native_weight_gradients(dtype: torch.dtype, algorithm: str) -> None:
-    """Against float64, far from zero, at any number of threads with the same bits."""
-    for images, inputs, outputs, height, width, kernel, stride, padding, mode in WEIGHTS:
-        if algorithm == "minimal" and (kernel not in (3, 4) or stride > 2):
-            continue
-        x = (torch.randn(images, inputs, height, width) + 3).to(dtype)
-        x = x.contiguous(memory_format=torch.channels_last)
-        weight = torch.zeros(outputs, inputs, kernel, kernel, dtype=torch.float64, requires_grad=True)
-        y = torch.conv2d(padded_by(x.double(), padding, mode), weight, stride=stride)
-        grad = torch.randn(y.shape).to(dtype).contiguous(memory_format=torch.channels_last)
-        (expected,) = torch.autograd.grad(y, weight, grad.double())
-        found = []
-        for threads in (1, 2):
-            before = torch.get_num_threads()
-            torch.set_num_threads(threads)
-            try:
-                found.append(weight_gradient(grad, x, (kernel, kernel), stride, padding, mode, algorithm))
-            finally:
-                torch.set_num_threads(before)
-        got = found[0]
-        assert got.is_contiguous() and got.dtype == dtype and torch.equal(got, found[1])
-        tolerance = 2e-5 if dtype == torch.float32 else 1e-2
-        assert (got.double() - expected).abs().max() <= tolerance * expected.abs().max()
-        if dtype == torch.bfloat16:  # the float32 sums themselves, under autocast
-            numbers = (kernel, kernel), stride, padding, mode
-            exact = weight_gradient(grad, x, *numbers, algorithm, torch.float32)
-            assert exact.dtype == torch.float32 and torch.equal(exact.bfloat16(), got)
-            assert (exact.double() - expected).abs().max() <= 2e-4 * expected.abs().max()
-
-
-def padded_by(x: Tensor, padding: int, mode: str) -> Tensor:
-    return torch.nn.functional.pad(x, [padding] * 4, mode="constant" if mode == "zeros" else mode)
 
 
 @pytest.mark.parametrize("algorithm", ["direct", "winograd", "winograd2", "streamed", "streamed2"])

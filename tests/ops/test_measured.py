@@ -119,3 +119,48 @@ def test_the_first_is_kept_unless_another_leads(folder: Path, monkeypatch: pytes
     monkeypatch.setattr(measured, "_seconds", lambda ways, seconds: [1.0, 0.97])
     assert measured.pick(("tie",), slow, quick, lead=0.05) == "slow"
     assert measured.pick(("no tie",), slow, quick, lead=0.02) == "quick"
+
+
+@pytest.fixture
+def device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """One that is pretended, and waits for nothing."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "pretended")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append(device))
+    waits.clear()
+    return torch.device("cuda:0")
+
+
+waits: list[torch.device] = []
+
+
+def test_on_a_gpu_the_time_is_until_it_has_finished(device: torch.device) -> None:
+    assert measured.fastest(("key",), quick, slow, device=device) == "quick"
+    # The first run of each, which compiles, and the one that is asked for are not timed.
+    assert len(waits) == calls["quick"] - 1 + calls["slow"] and calls["slow"] >= 2
+    assert measured.fastest(("key",), quick, slow, device=device) == "quick"
+    assert measured.fastest(("key",), quick, slow) == "quick"
+
+
+def failing() -> str:
+    raise RuntimeError("does not compile")
+
+
+def test_what_fails_on_a_gpu_is_left_out(device: torch.device, folder: Path) -> None:
+    with pytest.warns(RuntimeWarning, match=r"failing cannot run on cuda:0 .* does not compile"):
+        assert measured.fastest(("key",), failing, quick, slow, device=device) == "quick"
+    assert measured.fastest(("key",), failing, quick, slow, device=device) == "quick"
+    assert list(json.loads((folder / "ways.json").read_text()).values()) == ["quick"]
+    with pytest.raises(RuntimeError, match="does not compile"):
+        measured.fastest(("key",), quick, failing, device=device)
+
+
+def test_nothing_is_measured_during_a_capture(
+    device: torch.device, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measured, "in_capture", lambda device: True)
+    assert measured.fastest(("key",), quick, slow, device=device) == "slow"
+    assert calls == {"slow": 1, "quick": 0} and not list(folder.iterdir()) and not waits
+    monkeypatch.setattr(measured, "in_capture", lambda device: False)
+    assert measured.fastest(("key",), quick, slow, device=device) == "quick"
+    monkeypatch.setattr(measured, "in_capture", lambda device: True)
+    assert measured.fastest(("key",), quick, slow, device=device) == "quick"

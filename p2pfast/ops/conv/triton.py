@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from p2pfast.ops.conv.gpu.call import conv
-from p2pfast.ops.conv.gpu.choice import Candidate, Choice, Problem, choose, default_config
-from p2pfast.ops.conv.gpu.configs import Config, parts
+from p2pfast.ops.conv.gpu.choice import Candidate, Choice, Problem, choose, default_config, estimated
+from p2pfast.ops.conv.gpu.configs import Config, machine, parts
 from p2pfast.ops.conv.gpu.library import library_conv
 from p2pfast.ops.conv.gpu.pack import Packed, pack
 from p2pfast.ops.conv.gpu.shipped import shipped
@@ -23,7 +23,9 @@ __all__ = [
     "choose",
     "conv",
     "default_config",
+    "estimated",
     "library_conv",
+    "machine",
     "pack",
     "parts",
     "shipped",

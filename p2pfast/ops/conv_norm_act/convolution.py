@@ -1,76 +1,41 @@
-"""A training convolution and its gradients, by PyTorch or by the native kernels: what measures faster.
+"""A training convolution and its gradients, by PyTorch or by the own kernels: what measures faster.
 
-On a GPU they are the library's (cuDNN), in channels_last; nothing is measured here.
+On a CPU those are the native algorithms (``on_cpu``), on a GPU the Triton kernels (``on_gpu``) beside
+cuDNN in channels_last. Without measuring (``P2PFAST_TUNE=off``, PyTorch's deterministic mode) native ones and
+cuDNN run.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from p2pfast.ops.conv.op import run_conv
+from p2pfast.ops.conv_norm_act import on_cpu
+from p2pfast.ops.conv_norm_act.geometry import Geometry, in_channels_last
 from p2pfast.ops.conv_norm_act.pad import padded, unpadded
-from p2pfast.ops.conv_norm_act.weight import weight_gradient as native_weight_gradient
+from p2pfast.ops.gpu import allows_tf32
 from p2pfast.ops.measured import fastest
 
 aten = torch.ops.aten
 
-_LARGEST_KERNEL = 16
-_LARGEST_UP_STRIDE = 4
-_MOST_FOLDED = 64  # columns of the thin kernel's product
 
+def _own(x: Tensor) -> ModuleType | None:
+    """The own kernels for x; Triton's have nothing to offer without tensor cores."""
+    if x.device.type == "cpu":
+        return on_cpu
+    if x.device.type != "cuda" or (x.dtype == torch.float32 and not allows_tf32()):
+        return None
+    from p2pfast.ops.conv_norm_act import on_gpu
 
-@dataclass(frozen=True)
-class Geometry:
-    """As for ``p2pfast.ops.conv.conv``."""
-
-    stride: int
-    padding: int
-    output_padding: int
-    transposed: bool
-    padding_mode: str
-
-    @property
-    def zeros(self) -> int:
-        """Padding that the convolution itself adds."""
-        return self.padding if self.padding_mode == "zeros" else 0
-
-
-def _channels_last(x: Tensor) -> bool:
-    """Whether it can be read so; a single channel or pixel can be read either way."""
-    return x.is_contiguous(memory_format=torch.channels_last)
+    return on_gpu
 
 
 def _key(kind: str, x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[object, ...]:
-    return kind, tuple(x.shape), _channels_last(x), tuple(weight.shape), x.dtype, geometry
-
-
-def _algorithms(x: Tensor, weight: Tensor, g: Geometry, outputs: int, pixels: int) -> list[str]:
-    """The native algorithms worth a try for a convolution of x with zero padding ``g.padding`` or another
-    mode, to ``outputs`` channels of ``pixels`` pixels in the batch; the safest choice last."""
-    kernel, channels = tuple(weight.shape[2:]), x.shape[1]
-    if x.device.type != "cpu":
-        return []
-    if not _channels_last(x) or x.dtype != weight.dtype or max(kernel) > _LARGEST_KERNEL:
-        return []
-    if g.transposed and (g.stride > _LARGEST_UP_STRIDE or g.padding >= min(kernel)):
-        return []
-    folded = outputs * kernel[1] * (kernel[0] if g.transposed else 1)
-    if outputs <= 4 and (g.transposed or g.stride == 1) and folded <= _MOST_FOLDED:
-        return ["thin"]
-    up = g.stride == 2 and g.padding == 1 if g.transposed else g.stride <= 2
-    if kernel not in ((3, 3), (4, 4)) or not up or channels < 16:
-        return ["direct"]
-    found = ["direct"] if outputs < 16 else []
-    if pixels <= 2048:
-        return [*found, "streamed2", "streamed"]
-    if kernel == (3, 3) and g.stride == 1 and pixels > 8192:
-        found.append("winograd6")
-    return [*found, *(["streamed"] if pixels <= 32768 else []), "winograd"]
+    return kind, tuple(x.shape), in_channels_last(x), tuple(weight.shape), x.dtype, geometry
 
 
 def _named(name: str, run: Callable[[str], Tensor]) -> Callable[[], Tensor]:
@@ -81,19 +46,21 @@ def _named(name: str, run: Callable[[str], Tensor]) -> Callable[[], Tensor]:
     return way
 
 
-def _fastest(
-    key: tuple[object, ...],
-    library: Sequence[Callable[[], Tensor]],
-    names: Sequence[str],
-    native: Callable[[str], Tensor],
-    dtype: torch.dtype,
-) -> Tensor:
-    """By the library or by one of the native algorithms."""
-    ways = [_named(name, native) for name in names]
+def _ways(
+    library: Sequence[Callable[[], Tensor]], names: Sequence[str], own: Callable[[str], Tensor], x: Tensor
+) -> list[Callable[[], Tensor]]:
+    """The library's and the own kernels' for operands like x, the one to take without measuring last."""
+    ways = [_named(name, own) for name in names]
+    if x.device.type != "cpu":
+        return [*ways, *library]
     # Without a convolution of its own for the dtype PyTorch takes seconds for one: not worth a try.
-    if not ways or dtype != torch.bfloat16 or library_has_bfloat16():
-        ways = [*library, *ways]
-    return fastest(key, *ways)
+    if ways and x.dtype == torch.bfloat16 and not library_has_bfloat16():
+        return ways
+    return [*library, *ways]
+
+
+def _device(x: Tensor) -> torch.device | None:
+    return None if x.device.type == "cpu" else x.device
 
 
 @functools.cache
@@ -116,13 +83,15 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) 
             source, weight, bias, two, [g.zeros] * 2, [1, 1], g.transposed, [g.output_padding] * 2, 1
         )
 
-    def native(algorithm: str) -> Tensor:
-        numbers = g.stride, g.padding, g.transposed, g.padding_mode
-        return run_conv([x], weight, bias, shape, *numbers, algorithm=algorithm)
+    def own(name: str) -> Tensor:
+        assert kernels is not None  # the names are its
+        result: Tensor = kernels.convolve(name, x, weight, bias, shape, g, False)
+        return result
 
-    shape = _out_shape(x, weight, g)
-    names = _algorithms(x, weight, g, shape[1], shape[0] * shape[2] * shape[3])
-    return _fastest(_key("forward", x, weight, g), [library], names, native, x.dtype)
+    shape, kernels = _out_shape(x, weight, g), _own(x)
+    names = kernels.convolutions(x, weight, shape, g, False) if kernels else []
+    ways = _ways([library], names, own, x)
+    return fastest(_key("forward", x, weight, g), *ways, device=_device(x))
 
 
 def _out_shape(x: Tensor, weight: Tensor, g: Geometry) -> tuple[int, int, int, int]:
@@ -138,12 +107,22 @@ def _out_shape(x: Tensor, weight: Tensor, g: Geometry) -> tuple[int, int, int, i
 def weight_gradient(
     grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, dtype: torch.dtype
 ) -> Tensor:
-    """The gradient for the weight, in ``dtype``, from the output's gradient and the input.
+    """The gradient for the weight, in ``dtype``, from the output's gradient and the input."""
+    ways = weight_gradient_ways(grad, x, weight, geometry, dtype)
+    return fastest(_key("weight", grad, weight, geometry), *ways, device=_device(grad)).to(dtype)
 
-    By the library as the tensors lie, by the library from contiguous copies (its kernels for channels_last
-    may be several times slower), or by a native algorithm.
+
+def weight_gradient_ways(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, dtype: torch.dtype
+) -> list[Callable[[], Tensor]]:
+    """What ``weight_gradient`` chooses of; of these, the own kernels' may be in ``dtype`` already.
+
+    By the library as the tensors lie, on a CPU also from contiguous copies (its kernels for channels_last may
+    be several times slower), or by the own kernels.
     """
     g = geometry
+    # Of a transposed convolution, input and output have exchanged their parts.
+    still, windows = (x, grad) if g.transposed else (grad, x)
 
     def library() -> Tensor:
         return _library_backward(grad, padded(x, g.padding, g.padding_mode), weight, g, 1)
@@ -152,38 +131,17 @@ def weight_gradient(
         source = padded(x, g.padding, g.padding_mode)
         return _library_backward(grad.contiguous(), source.contiguous(), weight, g, 1)
 
-    def native(algorithm: str) -> Tensor:
-        # Of a transposed convolution, input and output have exchanged their parts.
-        still, windows = (x, grad) if g.transposed else (grad, x)
+    def own(name: str) -> Tensor:
+        assert kernels is not None  # the names are its
         kernel = weight.shape[2], weight.shape[3]
-        numbers = kernel, g.stride, g.padding, g.padding_mode
-        return native_weight_gradient(still, windows, *numbers, algorithm, dtype if written else None)
+        result: Tensor = kernels.gradient_of_weight(name, still, windows, kernel, g, dtype)
+        return result
 
-    written = dtype in (torch.float32, torch.bfloat16)
-    names = _weight_algorithms(grad, x, weight, g)
-    planar = grad.device.type != "cpu" or not (_channels_last(grad) or _channels_last(x))
+    kernels = _own(grad)
+    names = kernels.weight_gradients(still, windows, weight, g) if kernels else []
+    planar = grad.device.type != "cpu" or not (in_channels_last(grad) or in_channels_last(x))
     ways = [library] if planar else [library, planes]
-    return _fastest(_key("weight", grad, weight, g), ways, names, native, grad.dtype).to(dtype)
-
-
-def _weight_algorithms(grad: Tensor, x: Tensor, weight: Tensor, g: Geometry) -> list[str]:
-    """As ``_algorithms``."""
-    if grad.device.type != "cpu":
-        return []
-    if not (_channels_last(grad) and _channels_last(x)) or not grad.dtype == x.dtype == weight.dtype:
-        return []
-    kernel = tuple(weight.shape[2:])
-    minimal = kernel in ((3, 3), (4, 4)) and g.stride <= 2
-    still = x if g.transposed else grad
-    pixels = still.shape[0] * still.shape[2] * still.shape[3]
-    found = []
-    if min(weight.shape[:2]) <= 64:
-        found.append("rows")
-    if pixels <= 512 or not (minimal or found):
-        found.append("taps")
-    if minimal and min(weight.shape[:2]) >= 16 and pixels >= 16:
-        found.append("minimal")
-    return found
+    return _ways(ways, names, own, grad)
 
 
 def _library_backward(grad: Tensor, source: Tensor, weight: Tensor, g: Geometry, which: int) -> Tensor:
@@ -206,7 +164,16 @@ def _library_backward(grad: Tensor, source: Tensor, weight: Tensor, g: Geometry,
 
 
 def data_gradient(grad: Tensor, size: torch.Size, weight: Tensor, geometry: Geometry) -> Tensor:
-    """The gradient for the input of shape ``size``; a convolution itself, of the output's gradient.
+    """The gradient for the input of shape ``size``."""
+    ways = data_gradient_ways(grad, size, weight, geometry)
+    found = fastest(_key("data", grad, weight, geometry), *ways, device=_device(grad))
+    return unpadded(found, geometry.padding, geometry.padding_mode)
+
+
+def data_gradient_ways(
+    grad: Tensor, size: torch.Size, weight: Tensor, geometry: Geometry
+) -> list[Callable[[], Tensor]]:
+    """What ``data_gradient`` chooses of, for the padded input: a convolution of the output's gradient.
 
     That of a convolution with stride s is the transposed one with the same weight, and the other way round;
     with stride 1, the plain one with the weight turned by 180° and its channels exchanged.
@@ -227,7 +194,7 @@ def data_gradient(grad: Tensor, size: torch.Size, weight: Tensor, geometry: Geom
             # Of the input it reads the shape alone; the layout it takes from the weight.
             like = weight.contiguous(memory_format=torch.channels_last)
             return _library_backward(grad, grad.new_empty(1).expand(shape), like, g, 0)
-        return backward(grad, _channels_last(grad) and not grad.is_contiguous())
+        return backward(grad, in_channels_last(grad) and not grad.is_contiguous())
 
     def planes() -> Tensor:
         found = backward(grad.contiguous(), False)
@@ -238,21 +205,21 @@ def data_gradient(grad: Tensor, size: torch.Size, weight: Tensor, geometry: Geom
     if turns:
         same = Geometry(1, weight.shape[2] - 1 - g.zeros, 0, False, "zeros")
 
-    def native(algorithm: str) -> Tensor:
-        numbers = same.stride, same.padding, same.transposed
+    def own(name: str) -> Tensor:
+        assert kernels is not None  # the names are its
         given = weight.flip((2, 3)) if turns else weight
-        return run_conv([grad], given, None, shape, *numbers, algorithm=algorithm, exchanged=turns)
+        result: Tensor = kernels.convolve(name, grad, given, None, shape, same, turns)
+        return result
 
-    names = []
-    if _can_turn(grad, weight, g, shape):
-        names = _algorithms(grad, weight, same, shape[1], shape[0] * shape[2] * shape[3])
-    ways = [library, planes] if names and not grad.is_contiguous() else [library]
-    found = _fastest(_key("data", grad, weight, g), ways, names, native, grad.dtype)
-    return unpadded(found, g.padding, g.padding_mode)
+    kernels = _own(grad) if _can_turn(grad, weight, g, shape) else None
+    names = kernels.convolutions(grad, weight, shape, same, turns) if kernels else []
+    several = grad.device.type == "cpu" and names and not grad.is_contiguous()
+    ways = [library, planes] if several else [library]
+    return _ways(ways, names, own, grad)
 
 
 def _can_turn(grad: Tensor, weight: Tensor, g: Geometry, shape: tuple[int, ...]) -> bool:
-    """Whether the data gradient is a convolution that the native kernels have."""
+    """Whether the data gradient is a convolution that the own kernels have."""
     if g.transposed:
         return True
     if g.stride == 1:

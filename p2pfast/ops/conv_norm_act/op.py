@@ -88,10 +88,11 @@ def conv_norm_act(
 
     Kept for the backward pass are the raw convolution output and the statistics. The input is not, where it
     came out of a layer like this one: it is made again from what that layer keeps. float32 and bfloat16 on
-    the CPU, and float16 too on a GPU, where convolutions and their gradients are the library's (cuDNN) and
-    the norm's passes Triton's. Other dtypes, gelu on the CPU, and everything under torch.compile run the same
-    through PyTorch's autograd. Under autocast the convolution's operands are lowered, statistics are not; the
-    weight is lowered once more in the backward pass, so that no copy of it is kept.
+    the CPU, and float16 too on a GPU, where convolutions and their gradients are cuDNN's or Triton's, as
+    measured, and the norm's passes Triton's. Other dtypes, gelu on the CPU, and everything under
+    torch.compile run the same through PyTorch's autograd. Under autocast the convolution's operands are
+    lowered, statistics are not; the weight is lowered once more in the backward pass,
+    so that no copy of it is kept.
 
     Args:
         x: (N, C, H, W). The fused path takes it as channels_last (a copy, if it is not).

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from p2pfast.ops.gpu.launch import Launch, Shipped, compile_together
 from p2pfast.ops.gpu.support import (
+    STORED,
     allows_tf32,
     channels_last,
     check_tensor,
@@ -22,6 +23,7 @@ from p2pfast.ops.gpu.support import (
 )
 
 __all__ = [
+    "STORED",
     "Launch",
     "Shipped",
     "allows_tf32",

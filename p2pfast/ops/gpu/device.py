@@ -163,3 +163,13 @@ def reflected(i, n):
 def clamped(i, n):
     """The index that replicate padding reads."""
     return tl.minimum(tl.maximum(i, 0), n - 1)
+
+
+@triton.jit
+def padded_index(i, size, PAD: tl.constexpr):
+    """Where padding reads. An index too far out for one reflection belongs to no output: any pixel does."""
+    if PAD == "reflect":
+        i = tl.maximum(size - 1 - tl.abs(size - 1 - tl.abs(i)), 0)
+    elif PAD == "replicate":
+        i = clamped(i, size)
+    return i

@@ -10,17 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from p2pfast.ops.gpu.device import LEAKY_RELU, RELU, activate, clamped, dot, rounded, tile_statistics
-
-
-@triton.jit
-def padded_index(i, size, PAD: tl.constexpr):
-    """Where padding reads. An index too far out for one reflection belongs to no output: any pixel does."""
-    if PAD == "reflect":
-        i = tl.maximum(size - 1 - tl.abs(size - 1 - tl.abs(i)), 0)
-    elif PAD == "replicate":
-        i = clamped(i, size)
-    return i
+from p2pfast.ops.gpu.device import LEAKY_RELU, RELU, activate, dot, padded_index, rounded, tile_statistics
 
 
 @triton.jit

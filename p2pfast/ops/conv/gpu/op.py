@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from p2pfast.ops.conv.gpu.call import conv
+from p2pfast.ops.conv.gpu.configs import Config
 from p2pfast.ops.conv.gpu.pack import pack
 from p2pfast.ops.conv.gpu.source import Source
 
@@ -29,16 +30,19 @@ def run(
     padding: int,
     transposed: bool,
     padding_mode: str,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    input_act: str,
-    input_slope: float,
-    act: str,
-    slope: float,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    input_act: str = "none",
+    input_slope: float = 0.0,
+    act: str = "none",
+    slope: float = 0.0,
+    layout: str | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """A convolution whose arguments (those of ``p2pfast.ops.conv.conv``) fit together and make ``shape``.
 
-    Weights are packed at every call; tiles are those that the cost model prefers.
+    Weights are packed at every call. Their layout and the tile, as for ``pack`` and ``conv``, are the ones
+    that suit the shape where they are None.
     """
     out = torch.empty(shape, dtype=x[0].dtype, device=x[0].device, memory_format=torch.channels_last)
     sources, at = [], 0
@@ -54,6 +58,7 @@ def run(
         stride=stride,
         padding=(padding, padding),
         channels=tuple(t.shape[1] for t in x),
+        layout=layout,
     )
     conv(
         sources,
@@ -65,5 +70,6 @@ def run(
         pad_mode=padding_mode,
         act=act,
         slope=slope,
+        config=config,
     )
     return out

@@ -1,4 +1,4 @@
-"""The weight gradient by the native kernels (csrc/cpu/weight_gradient.h)."""
+"""On the CPU, by the native kernels (csrc/cpu/weight_gradient.h)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,95 @@
+"""A training convolution and its gradients by the native kernels: what is worth a try, and runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from p2pfast.ops.conv.op import run_conv
+from p2pfast.ops.conv_norm_act.geometry import Geometry, in_channels_last
+from p2pfast.ops.weight_gradient import weight_gradient
+
+_LARGEST_KERNEL = 16
+_LARGEST_UP_STRIDE = 4
+_MOST_FOLDED = 64  # columns of the thin kernel's product
+
+
+def convolutions(
+    x: Tensor, weight: Tensor, shape: tuple[int, int, int, int], geometry: Geometry, exchanged: bool
+) -> list[str]:
+    """Algorithms for ``convolve``, the safest choice last."""
+    g, kernel, channels = geometry, tuple(weight.shape[2:]), x.shape[1]
+    outputs, pixels = shape[1], shape[0] * shape[2] * shape[3]
+    if not in_channels_last(x) or x.dtype != weight.dtype or max(kernel) > _LARGEST_KERNEL:
+        return []
+    if g.transposed and (g.stride > _LARGEST_UP_STRIDE or g.padding >= min(kernel)):
+        return []
+    folded = outputs * kernel[1] * (kernel[0] if g.transposed else 1)
+    if outputs <= 4 and (g.transposed or g.stride == 1) and folded <= _MOST_FOLDED:
+        return ["thin"]
+    up = g.stride == 2 and g.padding == 1 if g.transposed else g.stride <= 2
+    if kernel not in ((3, 3), (4, 4)) or not up or channels < 16:
+        return ["direct"]
+    found = ["direct"] if outputs < 16 else []
+    if pixels <= 2048:
+        return [*found, "streamed2", "streamed"]
+    if kernel == (3, 3) and g.stride == 1 and pixels > 8192:
+        found.append("winograd6")
+    return [*found, *(["streamed"] if pixels <= 32768 else []), "winograd"]
+
+
+def convolve(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shape: tuple[int, int, int, int],
+    geometry: Geometry,
+    exchanged: bool,
+) -> Tensor:
+    """The convolution of x (N, C, H, W) to a result of ``shape``, in channels_last, by an algorithm.
+
+    Args:
+        exchanged: the weight's first two axes are exchanged.
+    """
+    g = geometry
+    numbers = g.stride, g.padding, g.transposed, g.padding_mode
+    return run_conv([x], weight, bias, shape, *numbers, algorithm=name, exchanged=exchanged)
+
+
+def weight_gradients(still: Tensor, windows: Tensor, weight: Tensor, geometry: Geometry) -> list[str]:
+    """Algorithms for ``gradient_of_weight``; its first two arguments."""
+    if not (in_channels_last(still) and in_channels_last(windows)):
+        return []
+    if not still.dtype == windows.dtype == weight.dtype:
+        return []
+    minimal = tuple(weight.shape[2:]) in ((3, 3), (4, 4)) and geometry.stride <= 2
+    pixels = still.shape[0] * still.shape[2] * still.shape[3]
+    found = []
+    if min(weight.shape[:2]) <= 64:
+        found.append("rows")
+    if pixels <= 512 or not (minimal or found):
+        found.append("taps")
+    if minimal and min(weight.shape[:2]) >= 16 and pixels >= 16:
+        found.append("minimal")
+    return found
+
+
+def gradient_of_weight(
+    name: str,
+    still: Tensor,
+    windows: Tensor,
+    kernel: tuple[int, int],
+    geometry: Geometry,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight gradient by an algorithm, in ``dtype`` where the kernel can write that.
+
+    Args:
+        still: the output's gradient, one pixel of which multiplies each window; of a transposed convolution
+            the input.
+        windows: the other of the two.
+    """
+    written = dtype if dtype in (torch.float32, torch.bfloat16) else None
+    numbers = kernel, geometry.stride, geometry.padding, geometry.padding_mode
+    return weight_gradient(still, windows, *numbers, name, written)
