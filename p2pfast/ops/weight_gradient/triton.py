@@ -25,11 +25,12 @@ import triton.language as tl  # isort: skip
 TILES = (
     Config(128, 128, 64, 8, 3),
     Config(64, 128, 64, 4, 3),
-    Config(128, 64, 64, 4, 3),
+    Config(128, 64, 64, 8, 3),
     Config(64, 64, 64, 4, 4),
     Config(16, 128, 64, 4, 4),
 )
 _LARGEST_OF_32_BITS = 128 * 64
+_LARGEST_FLAT = 64 * 64  # where every value has an address of its own
 # float32 without tensor cores.
 PLAIN = Config(64, 32, 16, 4, 2)
 MOST_CONTENDERS = 3
@@ -136,17 +137,16 @@ def _flat(config: Config, channels: int) -> bool:
 
 
 def _fitted(channels: int, itemsize: int) -> list[Config]:
-    """Tiles for a dtype; where columns span taps, half as deep, as addresses take registers. Which number of
-    warps spills none then is as the compiler would have it."""
+    """Tiles for a dtype; where columns span taps, the smaller ones, half as deep."""
     found = []
     for tile in TILES:
-        config = with_depth(tile, itemsize)
-        if itemsize == 4 and config.bm * config.bn > _LARGEST_OF_32_BITS:
+        config, area = with_depth(tile, itemsize), tile.bm * tile.bn
+        if itemsize == 4 and area > _LARGEST_OF_32_BITS:
             continue
         if _flat(config, channels):
+            if area > _LARGEST_FLAT:
+                continue
             config = dataclasses.replace(config, bk=config.bk // 2)
-            if itemsize == 4 and config.bm > 16:
-                config = dataclasses.replace(config, warps=8)
         found.append(config)
     return found
 
@@ -346,7 +346,7 @@ def shipped() -> list[Shipped]:
             add("3x3", tile, dtype, 256, 64)
         for tile in _fitted(32, dtype.itemsize):
             add("3x3, few channels in", tile, dtype, 32, 64)
-        add("7x7, three channels in", _fitted(3, dtype.itemsize)[1], dtype, 3, 64, kernel=7, padding=3)
+        add("7x7, three channels in", _fitted(3, dtype.itemsize)[0], dtype, 3, 64, kernel=7, padding=3)
     add("4x4, stride 2", TILES[0], torch.float16, 256, 64, kernel=4, stride=2, padding_mode="zeros")
     add("3x3, split", dataclasses.replace(TILES[0], splits=8), bf16, 512, 32)
     add("3x3, ieee", PLAIN, f32, 64, 32, precision="ieee")
