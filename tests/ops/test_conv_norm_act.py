@@ -93,7 +93,7 @@ def test_value_and_gradients(
 ) -> None:
     """With every convolution by the library, and by the native kernels where they fit."""
 
-    def choose(key: object, *candidates: Any) -> Tensor:
+    def choose(key: object, *candidates: Any, device: object) -> Tensor:
         result: Tensor = candidates[{"library": 0, "native": -1}[tuned]]()
         return result
 
