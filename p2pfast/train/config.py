@@ -287,6 +287,9 @@ class Pix2PixHDConfig(Config):
     no_lsgan: bool = option(False, LOSSES, "Cross entropy instead of least squares.")
     no_ganFeat_loss: bool = option(False, LOSSES, "No feature matching.", "--no-ganFeat-loss")
     lambda_feat: float = option(10.0, LOSSES, "Weight of feature matching and of the VGG loss.", least=0)
+    lambda_L1: float = option(
+        0.0, LOSSES, "Weight of an L1 loss to the photograph, which the published recipe has not.", least=0
+    )
     vgg_weights: str = option(
         "",
         LOSSES,

@@ -2,8 +2,8 @@
 GANs").
 
 As published, the losses of a step come from one pass through all networks, before any of them changes:
-least squares over the discriminators' scales (halved for D), feature matching, and the VGG loss where its
-weights are given. An encoder, if there is one, learns with the generator.
+least squares over the discriminators' scales (halved for D), feature matching, an L1 loss if it is asked for,
+and the VGG loss where its weights are given. An encoder, if there is one, learns with the generator.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ class Pix2PixHD(Objective):
         losses = Losses(c.fused)
         self.adversarial = losses.gan("vanilla" if c.no_lsgan else "lsgan")
         self.match = None if c.no_ganFeat_loss else losses.features(c.lambda_feat, c.n_layers_D)
+        self.l1 = losses.l1(c.lambda_L1) if c.lambda_L1 else None
         self.perceptual = self._perceptual()
         self.shown: dict[str, Tensor] = {}
 
@@ -152,6 +153,8 @@ class Pix2PixHD(Objective):
         parts = {"G_GAN": self.adversarial(of_fake, True, for_discriminator=False)}
         if self.match is not None:
             parts["G_GAN_Feat"] = self.match(of_fake, [[f.detach() for f in scale] for scale in of_real])
+        if self.l1 is not None:
+            parts["G_L1"] = self.l1(fake, real)
         if self.perceptual is not None:
             with self.precision():
                 parts["G_VGG"] = self.perceptual(fake, real)

@@ -99,11 +99,11 @@ def test_the_shipped_generator_draws_streets() -> None:
     assert DEMO_GENERATOR.stat().st_size <= 8_000_000
     with safe_open(DEMO_GENERATOR, "pt") as file:
         assert "train_demo_generator.py" in file.metadata()["made_by"]
-    scene = draw_scene(7, 512, 256)
+    scene = draw_scene(7, 1024, 512)
     assert scene.photo is not None
     instances = torch.from_numpy(scene.instances.astype(np.int32))
     given = LabelMap(torch.from_numpy(scene.labels), instances, num_classes=35)
     with torch.inference_mode():
         picture = models.from_checkpoint(DEMO_GENERATOR)(given.dense())[0].permute(1, 2, 0).numpy()
     wanted = scene.photo.astype(np.float32) / 127.5 - 1
-    assert np.abs(picture - wanted).mean() < 0.6 * np.abs(wanted - wanted.mean((0, 1))).mean()
+    assert np.abs(picture - wanted).mean() < 0.55 * np.abs(wanted - wanted.mean((0, 1))).mean()

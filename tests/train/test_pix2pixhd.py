@@ -127,6 +127,21 @@ def test_the_vgg_loss_takes_weights_that_are_given(tiny: Callable[..., Config], 
             make(tiny("pix2pixhd", vgg_weights=str(path)))
 
 
+def test_an_l1_loss_joins_the_generators(tiny: Callable[..., Config]) -> None:
+    """Its share of the gradient is what more of it adds."""
+    gradients = []
+    for weight in (0.0, 1.0, 3.0):
+        objective = make(tiny("pix2pixhd", lambda_L1=weight, lr=0.0))
+        taken: list[Tensor] = []
+        for parameter in objective.generator.network.parameters():
+            parameter.register_hook(lambda g, taken=taken: taken.append(g.clone()))
+        terms = objective.step([batch()])
+        assert ("G_L1" in terms) == (weight > 0)
+        gradients.append(torch.cat([g.flatten() for g in taken]))
+    none, once, thrice = gradients
+    assert (thrice - none - 3 * (once - none)).norm() < 1e-3 * (thrice - none).norm()
+
+
 def test_other_losses(tiny: Callable[..., Config]) -> None:
     options: dict[str, Any] = {"no_lsgan": True, "no_ganFeat_loss": True, "pool_size": 1, "amp": "bfloat16"}
     terms = make(tiny("pix2pixhd", **options)).step([batch(), batch()])
