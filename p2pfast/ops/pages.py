@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
+import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -47,3 +49,86 @@ def scratch(size: int, place: int = 0) -> torch.Tensor:
         if size <= _KEPT:
             held[place] = found
     return found
+
+
+_WORTH = 4 << 20  # bytes; of less the C library's own memory is used again
+_SLACK = 1.25  # times what is asked for: the largest block that is taken for it
+
+
+def _kept_bytes() -> int:
+    """``P2PFAST_KEEP_MB``, in bytes.
+
+    Raises:
+        ValueError: it is no number of megabytes.
+    """
+    text = os.environ.get("P2PFAST_KEEP_MB", "1024")
+    if not text.isdecimal():
+        raise ValueError(f"P2PFAST_KEEP_MB is {text!r}; give a number of megabytes, 0 to keep none")
+    return int(text) * 10**6
+
+
+class _Pool:
+    """Blocks of memory, each of which is idle when no tensor's storage holds it any more."""
+
+    def __init__(self) -> None:
+        self.blocks = [self._new(mmap.PAGESIZE)]  # the least recently taken first
+        self._lock = threading.Lock()
+        self._idle_references = sys.getrefcount(self.blocks[0])
+        self.blocks.clear()
+
+    def _new(self, size: int) -> mmap.mmap:
+        # Private: processes that are forked must not see each other's gradients.
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+    def idle(self) -> list[int]:
+        """Indices of the blocks that nothing uses."""
+        count = sys.getrefcount
+        return [i for i in range(len(self.blocks)) if count(self.blocks[i]) == self._idle_references]
+
+    def take(self, size: int, limit: int) -> torch.Tensor:
+        """Bytes, ``size`` or a few more; ``limit`` of idle blocks remain beside them."""
+        with self._lock:
+            idle = self.idle()
+            fitting = [i for i in idle if size <= len(self.blocks[i]) <= _SLACK * size]
+            if fitting:
+                block = self.blocks.pop(min(fitting, key=lambda i: len(self.blocks[i])))
+            else:
+                block = self._new(size)
+                lying = sum(len(self.blocks[i]) for i in idle)
+                for i in idle:
+                    if lying <= limit:
+                        break
+                    lying -= len(self.blocks[i])
+                    self.blocks[i].close()
+                self.blocks = [b for b in self.blocks if not b.closed]
+            self.blocks.append(block)
+            found = torch.frombuffer(block, dtype=torch.uint8)  # holds the block as long as its storage lives
+        return in_large_pages(found) if not fitting else found
+
+
+_pool = functools.cache(_Pool)
+
+
+def empty(
+    shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format = torch.contiguous_format
+) -> torch.Tensor:
+    """``torch.empty`` on the CPU for the results of training steps, in memory that earlier ones have left.
+
+    Gradients and activations are new tensors in every step, and large ones are memory that the system has to
+    find and to clear first, which takes longer than computing many of them. What lies idle in between is at
+    most ``P2PFAST_KEEP_MB`` (1024; 0 for none).
+
+    Raises:
+        ValueError: ``P2PFAST_KEEP_MB`` is no number of megabytes.
+    """
+    return empty_like(torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format))
+
+
+def empty_like(x: torch.Tensor) -> torch.Tensor:
+    """As ``empty``, of the size, the strides and the dtype of ``x``, whose values lie side by side."""
+    limit = _kept_bytes() if x.nbytes >= _WORTH and sys.platform.startswith("linux") else 0
+    if not limit or torch.are_deterministic_algorithms_enabled():  # where that fills new memory
+        return in_large_pages(torch.empty_like(x, device="cpu"))
+    memory = _pool().take(x.nbytes, limit).untyped_storage()
+    # No view, which could not be changed in place as the result of an autograd function.
+    return torch.empty(0, dtype=x.dtype).set_(memory, 0, x.size(), x.stride())

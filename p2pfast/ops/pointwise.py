@@ -11,7 +11,7 @@ from torch import Tensor
 
 from p2pfast import _C
 from p2pfast.ops.cuda import has_kernel, launch, native, require_kernel
-from p2pfast.ops.pages import in_large_pages
+from p2pfast.ops.pages import empty_like
 from p2pfast.ops.threads import use_torch_threads
 
 # In the order of the native enumeration (csrc/cpu/pointwise_loss.h).
@@ -19,7 +19,9 @@ LOSSES = ("logistic", "square", "hinge", "linear", "absolute_difference", "squar
 _HALF = 2
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: _HALF}
 
-_LARGE = 1 << 20  # values: such memory is new at every call, and half of the time goes into its page faults
+_LARGE = (
+    1 << 20
+)  # values: such memory would be new at every call, and half of the time go into its page faults
 
 
 def has_native(tensors: Sequence[Tensor]) -> bool:
@@ -79,10 +81,8 @@ def _call(
     kinds = [TYPES[t.dtype] for t in x]
     kinds_of_b = kinds if b is None else [TYPES[t.dtype] for t in y]
     counts = list(map(Tensor.numel, x))
-    gradients = list(map(torch.empty_like, x)) if gradient else []
-    if max(counts) >= _LARGE and x[0].is_cpu:
-        for made in gradients:
-            in_large_pages(made)
+    like = empty_like if max(counts) >= _LARGE and x[0].is_cpu else torch.empty_like
+    gradients = list(map(like, x)) if gradient else []
     places = map(Tensor.data_ptr, gradients) if gradient else [0] * len(x)
     stored = [1.0 if kind == _HALF else w for kind, w in zip(kinds, weights, strict=True)]
     addresses = map(Tensor.data_ptr, x), map(Tensor.data_ptr, y), places

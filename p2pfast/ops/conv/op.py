@@ -10,7 +10,7 @@ from p2pfast import _C
 from p2pfast.ops.conv.activation import activation_code
 from p2pfast.ops.conv.source import describe_output, describe_source, readable
 from p2pfast.ops.gpu import require_triton
-from p2pfast.ops.pages import scratch
+from p2pfast.ops.pages import empty, scratch
 from p2pfast.ops.threads import use_torch_threads
 
 # In the order of the native enumerations (csrc/cpu/conv.h).
@@ -311,7 +311,7 @@ def run_conv(
     bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
     scale = None if scale is None else scale.detach().contiguous()
     shift = None if shift is None else shift.detach().contiguous()
-    out = torch.empty(shape, dtype=x[0].dtype, memory_format=torch.channels_last)
+    out = empty(shape, x[0].dtype, torch.channels_last)
 
     starts = [0, inputs[0].shape[1]]
     act_in = activation_code(input_act, "input_act")

@@ -11,6 +11,7 @@ from p2pfast.ops.conv.source import describe_output, describe_source
 from p2pfast.ops.gpu import require_triton
 from p2pfast.ops.norm.op import check_arguments
 from p2pfast.ops.norm_act.reference import norm_act_reference
+from p2pfast.ops.pages import empty, empty_like
 from p2pfast.ops.threads import use_torch_threads
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -126,7 +127,7 @@ def apply_channels_last(
 ) -> Tensor:
     """``act(scale * x + shift + residual)`` of channels_last tensors; scale, shift (C,) or (N, C) float32."""
     images, _, height, width = x.shape
-    out = torch.empty_like(x, memory_format=torch.channels_last)
+    out = empty(x.shape, x.dtype, torch.channels_last)
     call: dict[str, Any] = {
         "first": describe_source(x, scale, shift),
         "images": images,
@@ -206,7 +207,7 @@ def _norm_act(
     if mean is not None and variance is not None:
         used[0], used[1] = mean, torch.rsqrt(variance.double() + eps)
         used[2] = variance
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = empty(x.shape, x.dtype)
     _C.norm_act(
         backward=False,
         x=x.data_ptr(),
@@ -325,8 +326,8 @@ def _norm_act_backward(
     planes, pixels = is_planes(x), height * width
     mean = mean.detach().contiguous()
     rstd = torch.rsqrt(variance.detach().double() + eps).float()
-    dx = torch.empty_like(x)
-    dresidual = torch.empty_like(x) if of_residual else x.new_empty(0)
+    dx = empty_like(x)
+    dresidual = empty_like(x) if of_residual else x.new_empty(0)
     sums = torch.empty((2, *mean.shape), dtype=torch.float32)
     bands = -(-pixels // _C.norm_band)
     partial = torch.empty(0 if planes else images * bands * 2 * channels, dtype=torch.float32)

@@ -8,7 +8,7 @@ from torch import Tensor
 from p2pfast import _C
 from p2pfast.ops.conv.op import PADDING_MODES
 from p2pfast.ops.conv.source import describe_output, describe_source, readable
-from p2pfast.ops.pages import in_large_pages, scratch
+from p2pfast.ops.pages import empty, scratch
 from p2pfast.ops.threads import use_torch_threads
 
 # In the order of the native enumeration.
@@ -45,7 +45,7 @@ def weight_gradient(
     images, channels, height, width = x.shape
     _, outputs, out_height, out_width = grad.shape
     taps = kernel[0] * kernel[1]
-    result = in_large_pages(torch.empty((outputs, channels, *kernel), dtype=dtype or grad.dtype))
+    result = empty((outputs, channels, *kernel), dtype or grad.dtype)
     call = {
         "sources": [describe_source(x)],
         "images": images,
