@@ -17,12 +17,13 @@ from p2pfast.ops.conv_norm_act.geometry import Geometry
 from p2pfast.ops.gpu import STORED
 from p2pfast.ops.weight_gradient.triton import contenders, refuses, weight_gradient
 
-_TRIED = 2  # ways of each convolution: compiling takes seconds
+# How many are tried. Of convolutions every layer has a kernel of its own, which takes seconds to compile.
+_CONVOLUTIONS, _TILES = 1, 2
 
 
 @functools.lru_cache(4096)
 def _candidates(problem: Problem, device: torch.device) -> dict[str, Candidate]:
-    return {c.name: c for c in estimated(problem, device)[0][:_TRIED]}
+    return {c.name: c for c in estimated(problem, device)[0][:_CONVOLUTIONS]}
 
 
 def _ways(
@@ -76,7 +77,7 @@ def convolve(
 def _likeliest(
     rows: int, channels: int, kernel: tuple[int, int], pixels: int, itemsize: int, device: torch.device
 ) -> dict[str, Config]:
-    found = contenders(rows, channels, kernel, pixels, itemsize, machine(device))[:_TRIED]
+    found = contenders(rows, channels, kernel, pixels, itemsize, machine(device))[:_TILES]
     return {str(config): config for config in found}
 
 
