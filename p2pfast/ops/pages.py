@@ -85,25 +85,34 @@ class _Pool:
         count = sys.getrefcount
         return [i for i in range(len(self.blocks)) if count(self.blocks[i]) == self._idle_references]
 
-    def take(self, size: int, limit: int) -> torch.Tensor:
-        """Bytes, ``size`` or a few more; ``limit`` of idle blocks remain beside them."""
+    def take(self, size: int, limit: int) -> torch.Tensor | None:
+        """``size`` bytes, or None where the system has none; ``limit`` of idle blocks remain beside them."""
         with self._lock:
             idle = self.idle()
             fitting = [i for i in idle if size <= len(self.blocks[i]) <= _SLACK * size]
             if fitting:
                 block = self.blocks.pop(min(fitting, key=lambda i: len(self.blocks[i])))
             else:
-                block = self._new(size)
-                lying = sum(len(self.blocks[i]) for i in idle)
-                for i in idle:
-                    if lying <= limit:
-                        break
-                    lying -= len(self.blocks[i])
-                    self.blocks[i].close()
-                self.blocks = [b for b in self.blocks if not b.closed]
+                self._let_go(idle, limit)
+                try:
+                    block = self._new(size)
+                except OSError:
+                    self._let_go(self.idle(), 0)
+                    return None
             self.blocks.append(block)
-            found = torch.frombuffer(block, dtype=torch.uint8)  # holds the block as long as its storage lives
-        return in_large_pages(found) if not fitting else found
+            # Holds the block for as long as its storage lives.
+            found = torch.frombuffer(block, dtype=torch.uint8, count=size)
+        return found if fitting else in_large_pages(found)
+
+    def _let_go(self, idle: list[int], limit: int) -> None:
+        """Of the idle blocks, the oldest, until no more than ``limit`` bytes of them are left."""
+        lying = sum(len(self.blocks[i]) for i in idle)
+        for i in idle:
+            if lying <= limit:
+                break
+            lying -= len(self.blocks[i])
+            self.blocks[i].close()
+        self.blocks = [block for block in self.blocks if not block.closed]
 
 
 _pool = functools.cache(_Pool)
@@ -127,8 +136,10 @@ def empty(
 def empty_like(x: torch.Tensor) -> torch.Tensor:
     """As ``empty``, of the size, the strides and the dtype of ``x``, whose values lie side by side."""
     limit = _kept_bytes() if x.nbytes >= _WORTH and sys.platform.startswith("linux") else 0
-    if not limit or torch.are_deterministic_algorithms_enabled():  # where that fills new memory
+    memory = None
+    if limit and not torch.are_deterministic_algorithms_enabled():  # where PyTorch fills new memory
+        memory = _pool().take(x.nbytes, limit)
+    if memory is None:
         return in_large_pages(torch.empty_like(x, device="cpu"))
-    memory = _pool().take(x.nbytes, limit).untyped_storage()
     # No view, which could not be changed in place as the result of an autograd function.
-    return torch.empty(0, dtype=x.dtype).set_(memory, 0, x.size(), x.stride())
+    return torch.empty(0, dtype=x.dtype).set_(memory.untyped_storage(), 0, x.size(), x.stride())
