@@ -115,7 +115,7 @@ def plan_loses(
     words = signature(captured, tensors)
     with unmarked(captured):
         return (
-            measured.pick(("inference", words), modules, bound_plan, seconds=_SECONDS, lead=_LEAD)
+            measured.pick(("inference", words), modules, bound_plan, seconds=_SECONDS, lead=_LEAD, device=gpu)
             == "modules"
         )
 
@@ -134,7 +134,8 @@ class Trial:
         words = signature(self.captured, self.tensors)
         with unmarked(self.captured), torch.enable_grad():
             try:
-                return measured.pick(("training", words), *runs, seconds=_SECONDS)
+                gpu = _gpu(self.captured, self.tensors)
+                return measured.pick(("training", words), *runs, seconds=_SECONDS, device=gpu)
             except torch.OutOfMemoryError:  # one of the ways needs more than there is
                 return ways[-1]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import importlib.metadata
 import json
 import os
 import tempfile
@@ -110,6 +111,7 @@ def _choose(
     machine = [_C.processor_name(), _C.active_level(), __version__, torch.__version__]
     if device is not None:
         machine += [torch.cuda.get_device_name(device), str(torch.backends.cudnn.version())]
+        machine += [str(torch.version.cuda), _version("triton")]
     signature = hashlib.sha256(repr((key, tuple(machine))).encode()).hexdigest()[:32]
     path, again = cache_folder() / "ways.json", tuning() == "force"
     names = [way.__name__ for way in ways]
@@ -121,6 +123,13 @@ def _choose(
     times = _seconds(ways, seconds)
     times[0] *= 1 - lead if ways[0].__name__ == names[0] else 1
     return _settle(path, signature, ways[times.index(min(times))].__name__, names, again)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _ready(ways: tuple[Callable[[], object], ...], device: torch.device) -> tuple[Callable[[], object], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import mmap
 import os
 import sys
@@ -88,34 +89,49 @@ class _Pool:
     def take(self, size: int, limit: int) -> torch.Tensor | None:
         """``size`` bytes, or None where the system has none; ``limit`` of idle blocks remain beside them."""
         with self._lock:
-            idle = self.idle()
-            fitting = [i for i in idle if size <= len(self.blocks[i]) <= _SLACK * size]
-            if fitting:
-                block = self.blocks.pop(min(fitting, key=lambda i: len(self.blocks[i])))
-            else:
-                self._let_go(idle, limit)
+            fitting = [i for i in self.idle() if size <= len(self.blocks[i]) <= _SLACK * size]
+            block = self.blocks.pop(min(fitting, key=lambda i: len(self.blocks[i]))) if fitting else None
+            self._let_go(limit)
+            if block is None:
                 try:
                     block = self._new(size)
                 except OSError:
-                    self._let_go(self.idle(), 0)
+                    self._let_go(0)
                     return None
             self.blocks.append(block)
             # Holds the block for as long as its storage lives.
             found = torch.frombuffer(block, dtype=torch.uint8, count=size)
         return found if fitting else in_large_pages(found)
 
-    def _let_go(self, idle: list[int], limit: int) -> None:
-        """Of the idle blocks, the oldest, until no more than ``limit`` bytes of them are left."""
+    def _let_go(self, limit: int) -> None:
+        """Of the idle blocks, the oldest, until no more than ``limit`` bytes of them are left.
+
+        Their last reference unmaps them: an interruption then finds the list as it was or as it will be.
+        """
+        idle = self.idle()
+        dropped: set[int] = set()
         lying = sum(len(self.blocks[i]) for i in idle)
         for i in idle:
             if lying <= limit:
                 break
             lying -= len(self.blocks[i])
-            self.blocks[i].close()
-        self.blocks = [block for block in self.blocks if not block.closed]
+            dropped.add(i)
+        if dropped:
+            self.blocks = [self.blocks[i] for i in range(len(self.blocks)) if i not in dropped]
 
 
 _pool = functools.cache(_Pool)
+if hasattr(os, "register_at_fork"):
+    # Another thread may have held the lock, and the blocks are the parent's to take again.
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def _limit(size: int) -> int:
+    """Bytes that may lie idle; 0 where a result of ``size`` bytes is PyTorch's to allocate."""
+    if size < _WORTH or not sys.platform.startswith("linux"):
+        return 0
+    limit = _kept_bytes()
+    return 0 if torch.are_deterministic_algorithms_enabled() else limit  # PyTorch fills new memory there
 
 
 def empty(
@@ -124,22 +140,24 @@ def empty(
     """``torch.empty`` on the CPU for the results of training steps, in memory that earlier ones have left.
 
     Gradients and activations are new tensors in every step, and large ones are memory that the system has to
-    find and to clear first, which takes longer than computing many of them. What lies idle in between is at
-    most ``P2PFAST_KEEP_MB`` (1024; 0 for none).
+    find and to clear first, which takes longer than computing many of them. When the next large result is
+    asked for, what lies idle is cut to ``P2PFAST_KEEP_MB`` (1024; 0 for none). Such a result's storage cannot
+    be resized.
 
     Raises:
         ValueError: ``P2PFAST_KEEP_MB`` is no number of megabytes.
     """
+    if not _limit(math.prod(shape) * dtype.itemsize):
+        return in_large_pages(torch.empty(shape, dtype=dtype, device="cpu", memory_format=memory_format))
     return empty_like(torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format))
 
 
 def empty_like(x: torch.Tensor) -> torch.Tensor:
     """As ``empty``, of the size, the strides and the dtype of ``x``, whose values lie side by side."""
-    limit = _kept_bytes() if x.nbytes >= _WORTH and sys.platform.startswith("linux") else 0
-    memory = None
-    if limit and not torch.are_deterministic_algorithms_enabled():  # where PyTorch fills new memory
-        memory = _pool().take(x.nbytes, limit)
+    limit = _limit(x.nbytes)
+    memory = _pool().take(x.nbytes, limit) if limit else None
     if memory is None:
-        return in_large_pages(torch.empty_like(x, device="cpu"))
+        return in_large_pages(torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="cpu"))
     # No view, which could not be changed in place as the result of an autograd function.
-    return torch.empty(0, dtype=x.dtype).set_(memory.untyped_storage(), 0, x.size(), x.stride())
+    found = torch.empty(0, dtype=x.dtype, device="cpu")
+    return found.set_(memory.untyped_storage(), 0, x.size(), x.stride())

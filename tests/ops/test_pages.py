@@ -80,6 +80,22 @@ def test_without_memory_pytorch_says_so(pool: pages._Pool, monkeypatch: pytest.M
     assert floats(8).numel() == 2 * MB
 
 
+def test_a_fitting_block_does_not_keep_the_others(pool: pages._Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = [floats(8) for _ in range(6)]
+    del held
+    monkeypatch.setenv("P2PFAST_KEEP_MB", "17")
+    floats(8)
+    assert len(pool.blocks) == 3
+
+
+def test_another_default_device(pool: pages._Pool) -> None:
+    torch.set_default_device("meta")
+    try:
+        assert floats(8).is_cpu and floats(1).is_cpu and empty_like(torch.empty(4, device="cpu")).is_cpu
+    finally:
+        torch.set_default_device(None)
+
+
 def test_inference_mode(pool: pages._Pool) -> None:
     with torch.inference_mode():
         t = floats(8).add_(1)

@@ -18,7 +18,7 @@ from p2pfast.ops.conv_norm_act import on_cpu
 from p2pfast.ops.conv_norm_act.geometry import Geometry, in_channels_last
 from p2pfast.ops.conv_norm_act.pad import padded, unpadded
 from p2pfast.ops.gpu import allows_tf32
-from p2pfast.ops.measured import fastest
+from p2pfast.ops.measured import fastest, fixed
 
 aten = torch.ops.aten
 
@@ -27,7 +27,7 @@ def _own(x: Tensor) -> ModuleType | None:
     """The own kernels for x; Triton's have nothing to offer without tensor cores."""
     if x.device.type == "cpu":
         return on_cpu
-    if x.device.type != "cuda" or (x.dtype == torch.float32 and not allows_tf32()):
+    if x.device.type != "cuda" or fixed() or (x.dtype == torch.float32 and not allows_tf32()):
         return None
     from p2pfast.ops.conv_norm_act import on_gpu
 
