@@ -44,21 +44,12 @@ def _gpu(captured: Captured, tensors: list[Any]) -> torch.device | None:
     return None
 
 
-def _settle(gpu: torch.device | None) -> None:
-    """Waits for a device, so that a clock on the host tells its time and not only that of the launches."""
-    if gpu is not None:
-        torch.cuda.synchronize(gpu)
-
-
 def signature(captured: Captured, tensors: list[Any]) -> str:
     """A network, its shapes and what is differentiated, as another process would name them too."""
     words: list[str] = []
-    gpu = _gpu(captured, tensors)
-    kind = "cpu" if gpu is None else "cuda"
+    kind = "cpu" if _gpu(captured, tensors) is None else "cuda"
     if torch.is_autocast_enabled(kind):
         words.append(str(torch.get_autocast_dtype(kind)))
-    if gpu is not None:
-        words += [torch.cuda.get_device_name(gpu), str(torch.backends.cudnn.version())]
     for node in captured.traced.graph.nodes:
         value = node.meta.get("val")
         shape = (tuple(value.shape), value.stride(), value.dtype) if isinstance(value, Tensor) else None
@@ -102,17 +93,13 @@ def plan_loses(
         return False
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), arguments)
 
-    gpu = _gpu(captured, tensors)
-
     def modules() -> None:
         run(*args, **kwargs)
-        _settle(gpu)
 
     def bound_plan() -> None:
         plan()
-        _settle(gpu)
 
-    words = signature(captured, tensors)
+    words, gpu = signature(captured, tensors), _gpu(captured, tensors)
     with unmarked(captured):
         return (
             measured.pick(("inference", words), modules, bound_plan, seconds=_SECONDS, lead=_LEAD, device=gpu)
@@ -131,10 +118,9 @@ class Trial:
         if would_be_seen(self.captured):
             return ways[-1]
         runs = [self._run(way) for way in ways]
-        words = signature(self.captured, self.tensors)
+        words, gpu = signature(self.captured, self.tensors), _gpu(self.captured, self.tensors)
         with unmarked(self.captured), torch.enable_grad():
             try:
-                gpu = _gpu(self.captured, self.tensors)
                 return measured.pick(("training", words), *runs, seconds=_SECONDS, device=gpu)
             except torch.OutOfMemoryError:  # one of the ways needs more than there is
                 return ways[-1]
@@ -142,7 +128,6 @@ class Trial:
     def _run(self, way: str) -> Callable[[], None]:
         learned = [p for p in parameters(self.captured) if p.requires_grad]
         made: list[Program] = []
-        gpu = _gpu(self.captured, self.tensors)
 
         def run() -> None:
             if not made:
@@ -155,7 +140,6 @@ class Trial:
             if outputs:
                 ones = [torch.ones_like(t) for t in outputs]
                 torch.autograd.grad(outputs, [*learned, *leaves], ones, allow_unused=True)
-            _settle(gpu)
 
         run.__name__ = way
         return run

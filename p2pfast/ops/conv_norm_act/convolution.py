@@ -89,7 +89,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) 
         return result
 
     shape, kernels = _out_shape(x, weight, g), _own(x)
-    names = kernels.convolutions(x, weight, shape, g, False) if kernels else []
+    names = kernels.convolutions(x, weight, shape, g) if kernels else []
     ways = _ways([library], names, own, x)
     return fastest(_key("forward", x, weight, g), *ways, device=_device(x))
 
@@ -212,7 +212,7 @@ def data_gradient_ways(
         return result
 
     kernels = _own(grad) if _can_turn(grad, weight, g, shape) else None
-    names = kernels.convolutions(grad, weight, shape, same, turns) if kernels else []
+    names = kernels.convolutions(grad, weight, shape, same) if kernels else []
     several = grad.device.type == "cpu" and names and not grad.is_contiguous()
     ways = [library, planes] if several else [library]
     return _ways(ways, names, own, grad)

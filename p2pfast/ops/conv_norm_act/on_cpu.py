@@ -15,7 +15,7 @@ _MOST_FOLDED = 64  # columns of the thin kernel's product
 
 
 def convolutions(
-    x: Tensor, weight: Tensor, shape: tuple[int, int, int, int], geometry: Geometry, exchanged: bool
+    x: Tensor, weight: Tensor, shape: tuple[int, int, int, int], geometry: Geometry
 ) -> list[str]:
     """Algorithms for ``convolve``, the safest choice last."""
     g, kernel, channels = geometry, tuple(weight.shape[2:]), x.shape[1]

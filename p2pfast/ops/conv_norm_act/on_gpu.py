@@ -49,7 +49,7 @@ def _ways(
 
 
 def convolutions(
-    x: Tensor, weight: Tensor, shape: tuple[int, int, int, int], geometry: Geometry, exchanged: bool
+    x: Tensor, weight: Tensor, shape: tuple[int, int, int, int], geometry: Geometry
 ) -> list[str]:
     """Names for ``convolve``, the likeliest first."""
     if geometry.transposed and geometry.padding >= min(weight.shape[2:]):
