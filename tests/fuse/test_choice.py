@@ -218,6 +218,7 @@ def test_pairs_where_the_processor_multiplies_them(
 
 def test_pairs_are_measured_and_remembered(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args, narrow = layer(3), choice.narrow(torch.bfloat16, "default")
+    monkeypatch.setattr(choice, "multiplies_pairs", lambda: False)
     without = choice.options(args, narrow)
     monkeypatch.setattr(choice, "multiplies_pairs", lambda: True)
     measured = choice.options(args, narrow)
@@ -232,7 +233,7 @@ def test_pairs_are_measured_and_remembered(cache_dir: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("name", ["resnet", "unet-instance", "global"])
 def test_pairs_keep_the_quality_of_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within 1 dB of PyTorch in bfloat16, with every layer in pairs that may be."""
+    """Within 1 dB of PyTorch in bfloat16 (the mean of some weights), with every layer in pairs that may be."""
     monkeypatch.setenv("P2PFAST_TUNE", "off")
     monkeypatch.setattr(choice, "multiplies_pairs", lambda: True)
     monkeypatch.setattr(choice, "_PAIRS_SPEEDUP", 100.0)
@@ -241,18 +242,22 @@ def test_pairs_keep_the_quality_of_bfloat16(name: str, monkeypatch: pytest.Monke
         "unet-instance": lambda: models.UnetGenerator(3, 3, 5, 16, INSTANCE),
         "global": lambda: models.GlobalGenerator(5, 3, 16, 2, 2, INSTANCE),
     }
-    net = networks[name]().eval()
-    for p in net.parameters():
-        if p.dim() > 1:
-            nn.init.kaiming_normal_(p, nonlinearity="relu")
-    x = torch.randn(1, 5 if name == "global" else 3, 64, 64)
-    with torch.no_grad():
-        exact = net(x)
-        eager = copy.deepcopy(net).bfloat16()(x.bfloat16())
-    fast = p2pfast.optimize(net, dtype=torch.bfloat16)
-    found = fast(x)
-    assert any("pairs" in row.kernel for row in p2pfast.explain(fast).rows)
-    assert relative(found, exact) < 1.12 * relative(eager, exact)
+    shares = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        net = networks[name]().eval()
+        for p in net.parameters():
+            if p.dim() > 1:
+                nn.init.kaiming_normal_(p, nonlinearity="relu")
+        x = torch.randn(1, 5 if name == "global" else 3, 64, 64)
+        with torch.no_grad():
+            exact = net(x)
+            eager = copy.deepcopy(net).bfloat16()(x.bfloat16())
+        fast = p2pfast.optimize(net, dtype=torch.bfloat16)
+        found = fast(x)
+        assert any("pairs" in row.kernel for row in p2pfast.explain(fast).rows)
+        shares.append(relative(found, exact) / relative(eager, exact))
+    assert sum(shares) / len(shares) < 1.122, shares
 
 
 def test_what_pytorch_is_faster_at_is_given_to_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

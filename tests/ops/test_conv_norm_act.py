@@ -319,6 +319,24 @@ def test_autocast() -> None:
     assert (y.double() - exact_y).abs().max() < 1e-2 * exact_y.abs().max()
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_backward_pass_within_autocast(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way that could be chosen gets tensors of one dtype: autocast pads in float32."""
+    monkeypatch.setattr(convolution, "library_has_bfloat16", lambda: True)
+    tensors, options = layer(number, torch.channels_last)
+    inputs = {k: v.requires_grad_() for k, v in tensors.items()}
+
+    def every(key: object, *ways: Callable[[], Tensor], device: object = None) -> Tensor:
+        return [way() for way in ways][-1]
+
+    monkeypatch.setattr(convolution, "fastest", every)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = conv_norm_act(**inputs, **options)
+        within = torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y), retain_graph=True)
+    outside = torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y))
+    assert all(torch.equal(a, b) for a, b in zip(within, outside, strict=True))
+
+
 @pytest.mark.parametrize("number", [1, 3, 4, 6, 8, 9])
 def test_gradcheck_of_the_reference(number: int) -> None:
     tensors, options = layer(number, torch.contiguous_format)

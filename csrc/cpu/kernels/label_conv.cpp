@@ -20,7 +20,8 @@ namespace {
 constexpr int kMaxKernel = kLabelConvMaxKernel;
 constexpr int kMaxSums = kMaxKernel * (kMaxKernel + 1);  // at most kernel label runs and an edge mask a row
 constexpr int kMaxTaps = 256;                            // mixture entries collected before they are summed
-constexpr int64_t kChunkPixels = 256;                    // summed in float32 before going to double
+constexpr int kTapsAtOnce = 32;
+constexpr int64_t kChunkPixels = 256;  // summed in float32 before going to double
 // Outputs larger than this do not stay in a cache until the next layer reads them: they are written
 // around it, which saves reading every line before it is overwritten.
 constexpr int64_t kStreamBytes = int64_t{16} << 20;
@@ -34,16 +35,33 @@ struct Terms {
   float weight[kMaxTaps];
 };
 
-P2PFAST_INLINE Vec total(const Terms& t, int64_t c) {
-  Vec v = load(t.init + c);
-  for (int i = 0; i < t.sums; ++i) v += load(t.sum[i] + c);
-  for (int i = 0; i < t.taps; ++i) v += splat(t.weight[i]) * load(t.tap[i] + c);
-  return v;
+// Taps are summed a few at a time: one after another, hundreds would each round at the size of the whole sum.
+template <int kVecs>
+P2PFAST_INLINE void total(const Terms& t, int64_t c, Vec (&v)[kVecs]) {
+  for (int i = 0; i < kVecs; ++i) v[i] = load(t.init + c + i * kLanes);
+  for (int j = 0; j < t.sums; ++j) {
+    const float* const row = t.sum[j] + c;
+    for (int i = 0; i < kVecs; ++i) v[i] += load(row + i * kLanes);
+  }
+  for (int from = 0; from < t.taps; from += kTapsAtOnce) {
+    const int to = min2(from + kTapsAtOnce, t.taps);
+    Vec part[kVecs] = {};
+    for (int j = from; j < to; ++j) {
+      const float* const row = t.tap[j] + c;
+      const Vec w = splat(t.weight[j]);
+      for (int i = 0; i < kVecs; ++i) part[i] += w * load(row + i * kLanes);
+    }
+    for (int i = 0; i < kVecs; ++i) v[i] += part[i];
+  }
 }
 
 // Makes room: replaces the terms by their sum.
 void collapse(Terms& t, float* sum, int64_t stride) {
-  for (int64_t c = 0; c < stride; c += kLanes) store(sum + c, total(t, c));
+  for (int64_t c = 0; c < stride; c += kLanes) {
+    Vec v[1];
+    total(t, c, v);
+    store(sum + c, v[0]);
+  }
   t.init = sum;
   t.sums = t.taps = 0;
 }
@@ -131,16 +149,7 @@ P2PFAST_INLINE void stream(void* p, V v) {
 template <class T, int kVecs>
 P2PFAST_INLINE void write_pixel(const Terms& t, int64_t c, T* out, Statistics* statistics, bool streaming) {
   Vec v[kVecs];
-  for (int i = 0; i < kVecs; ++i) v[i] = load(t.init + c + i * kLanes);
-  for (int j = 0; j < t.sums; ++j) {
-    const float* const row = t.sum[j] + c;
-    for (int i = 0; i < kVecs; ++i) v[i] += load(row + i * kLanes);
-  }
-  for (int j = 0; j < t.taps; ++j) {
-    const float* const row = t.tap[j] + c;
-    const Vec w = splat(t.weight[j]);
-    for (int i = 0; i < kVecs; ++i) v[i] += w * load(row + i * kLanes);
-  }
+  total(t, c, v);
   if (statistics != nullptr) {
     for (int i = 0; i < kVecs; ++i) {
       const int64_t k = c + i * kLanes;

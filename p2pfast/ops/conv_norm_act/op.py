@@ -253,47 +253,53 @@ class _ConvNormAct(torch.autograd.Function):
             return (None,) * 9
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, grad)
-        weight, bias, norm_weight, norm_bias, residual, kept, mean, variance, x = ctx.saved_tensors
-        options: _Options = ctx.options
-        needs = ctx.needs_input_grad
-        act, slope = options.act, options.slope
-        of_norm_weight = of_norm_bias = of_residual = None
-        if options.norm == "none":
-            if act != "none":
-                grad = activation_gradient(grad, kept, act, slope, from_output(act, slope))
-            of_raw = grad
-            of_residual = grad if ctx.has_residual else None
-        else:
-            of_raw, dweight, dbias, of_residual = norm_act_backward(
-                grad,
-                kept,
-                norm_weight,
-                norm_bias,
-                mean,
-                variance,
-                options.frozen,
-                options.eps,
-                act,
-                slope,
-                residual,
-                ctx.has_residual and needs[5],
-            )
-            of_norm_weight = None if norm_weight is None else dweight.to(norm_weight.dtype)
-            of_norm_bias = None if norm_bias is None else dbias.to(norm_bias.dtype)
-        of_raw = _channels_last(of_raw)
-        of_bias = of_weight = of_x = None
-        if needs[2]:
-            # A norm on its own statistics takes out whatever was added to a whole channel.
-            own = options.norm != "none" and not options.frozen
-            of_bias = of_raw.new_zeros(of_raw.shape[1]) if own else of_raw.float().sum((0, 2, 3))
-            of_bias = of_bias.to(bias.dtype)
-        lowered = weight.to(of_raw.dtype)
-        if needs[0]:
-            of_x = convolution.data_gradient(of_raw, ctx.size, lowered, options.geometry)
-        if needs[1]:
-            seen = _channels_last(x)
-            of_weight = convolution.weight_gradient(of_raw, seen, lowered, options.geometry, weight.dtype)
-        return of_x, of_weight, of_bias, of_norm_weight, of_norm_bias, of_residual, None, None, None
+        # A backward pass may run within autocast, which would take what is padded to float32.
+        with torch.autocast(grad.device.type, enabled=False):
+            return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    weight, bias, norm_weight, norm_bias, residual, kept, mean, variance, x = ctx.saved_tensors
+    options: _Options = ctx.options
+    needs = ctx.needs_input_grad
+    act, slope = options.act, options.slope
+    of_norm_weight = of_norm_bias = of_residual = None
+    if options.norm == "none":
+        if act != "none":
+            grad = activation_gradient(grad, kept, act, slope, from_output(act, slope))
+        of_raw = grad
+        of_residual = grad if ctx.has_residual else None
+    else:
+        of_raw, dweight, dbias, of_residual = norm_act_backward(
+            grad,
+            kept,
+            norm_weight,
+            norm_bias,
+            mean,
+            variance,
+            options.frozen,
+            options.eps,
+            act,
+            slope,
+            residual,
+            ctx.has_residual and needs[5],
+        )
+        of_norm_weight = None if norm_weight is None else dweight.to(norm_weight.dtype)
+        of_norm_bias = None if norm_bias is None else dbias.to(norm_bias.dtype)
+    of_raw = _channels_last(of_raw)
+    of_bias = of_weight = of_x = None
+    if needs[2]:
+        # A norm on its own statistics takes out whatever was added to a whole channel.
+        own = options.norm != "none" and not options.frozen
+        of_bias = of_raw.new_zeros(of_raw.shape[1]) if own else of_raw.float().sum((0, 2, 3))
+        of_bias = of_bias.to(bias.dtype)
+    lowered = weight.to(of_raw.dtype)
+    if needs[0]:
+        of_x = convolution.data_gradient(of_raw, ctx.size, lowered, options.geometry)
+    if needs[1]:
+        seen = _channels_last(x)
+        of_weight = convolution.weight_gradient(of_raw, seen, lowered, options.geometry, weight.dtype)
+    return of_x, of_weight, of_bias, of_norm_weight, of_norm_bias, of_residual, None, None, None
 
 
 def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
