@@ -120,6 +120,7 @@ ConvArgs read_conv(const py::dict& dict) {
   a.packed_dtype = f.choice<Packed>("packed_dtype", 3);
   a.weight_out_stride = f.need<int64_t>("weight_out_stride");
   a.weight_in_stride = f.need<int64_t>("weight_in_stride");
+  a.weight_turned = f.get<bool>("weight_turned", false);
   a.packed = f.pointer<const float>("packed");
   a.bias = f.pointer<const float>("bias");
   a.out = read_output(f.need<py::dict>("out"));

@@ -58,11 +58,13 @@ struct ConvArgs {
   int32_t kernel_h, kernel_w, stride, pad_top, pad_left;
   bool transposed;
   Pad pad;
-  // Raw weights: element (o, i, ky, kx) at o * weight_out_stride + i * weight_in_stride + ky * kernel_w + kx.
+  // Raw weights: element (o, i, ky, kx) at o * weight_out_stride + i * weight_in_stride + ky * kernel_w + kx,
+  // or the kernel lies turned by 180 degrees there.
   const void* weight;
   DType weight_dtype;
   Packed packed_dtype;  // thin kernels keep float32
   int64_t weight_out_stride, weight_in_stride;
+  bool weight_turned;
   const float* packed;  // what pack() wrote; may be null where the algorithm only sorts weights
   const float* bias;    // out_channels values or null
   Output out;
@@ -82,6 +84,12 @@ struct ConvArgs {
   const uint8_t* uniform;
   uint8_t* out_uniform;  // the same of the output, or null; only with uniform
 };
+
+// Where the weight of tap (ky, kx) lies among those of its channels.
+inline int64_t tap_offset(const ConvArgs& args, int ky, int kx) {
+  const int64_t at = static_cast<int64_t>(ky) * args.kernel_w + kx;
+  return args.weight_turned ? static_cast<int64_t>(args.kernel_h) * args.kernel_w - 1 - at : at;
+}
 
 enum class ConvAlgorithm : int32_t {
   kDirect = 0,     // implicit GEMM; packed weights

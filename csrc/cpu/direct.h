@@ -123,7 +123,7 @@ struct Direct {
         for (int jy = 0; jy < py.taps; ++jy) {
           for (int jx = 0; jx < px.taps; ++jx) {
             for (int i = 0; i < channels; ++i, ++k) {
-              const W* w = weight + i * args.weight_in_stride + py.tap[jy] * args.kernel_w + px.tap[jx];
+              const W* w = weight + i * args.weight_in_stride + tap_offset(args, py.tap[jy], px.tap[jx]);
               for (int l = 0; l < width; ++l)
                 set_value(to, width, k, l,
                           c + l < args.out_channels ? to_float(w[(c + l) * args.weight_out_stride]) : 0.0f);

@@ -110,10 +110,10 @@ struct Rows {
         for (int i = c0; i < min2(channels, c0 + kSlice); ++i) {
           for (int t = 0; t < args.kernel_w; ++t) {
             for (int o = 0; o < args.out_channels; ++o) {
-              const W* w = weight + o * args.weight_out_stride + i * args.weight_in_stride + t;
+              const W* w = weight + o * args.weight_out_stride + i * args.weight_in_stride;
               double sum = 0;
               for (int k = 0; k < kTaps; ++k)
-                if (S::m.g[p][k] != 0) sum += S::m.g[p][k] * to_float(w[(kTaps - 1 - k) * args.kernel_w]);
+                if (S::m.g[p][k] != 0) sum += S::m.g[p][k] * to_float(w[tap_offset(args, kTaps - 1 - k, t)]);
               *packed++ = static_cast<float>(sum);
             }
           }

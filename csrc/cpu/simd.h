@@ -102,6 +102,14 @@ P2PFAST_INLINE VecH narrow(VecW v) {
 
 P2PFAST_INLINE Vec load(const bf16* p) { return (Vec)(widen(p) << 16); }
 
+// The first `count` values, where memory ends before a whole vector.
+template <class T>
+Vec load_some(const T* p, int64_t count) {
+  T values[kLanes] = {};
+  std::memcpy(values, p, static_cast<size_t>(count) * sizeof(T));
+  return load(values);
+}
+
 P2PFAST_INLINE void store(bf16* p, Vec v) {
 #if defined(__AVX512BF16__)
   *reinterpret_cast<VecHU*>(p) = (VecHU)_mm512_cvtneps_pbh((__m512)v);

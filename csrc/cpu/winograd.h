@@ -11,6 +11,7 @@
 #include "cpu/gather.h"
 #include "cpu/gemm.h"
 #include "cpu/parallel.h"
+#include "cpu/planar.h"
 #include "cpu/toom.h"
 #include "cpu/workspace.h"
 
@@ -49,24 +50,40 @@ struct Winograd {
   // --- weights ---------------------------------------------------------------------------------
 
   // Copies input channels [k0, k0 + count) of output channels [c, c + vectors * kLanes) to
-  // to[channel][tap][column]. Output channels lie far apart in memory, often a power of two.
+  // to[channel][tap][column]: a transposition, in squares of kLanes, of what lies together in memory. That is
+  // all of an output channel, or the taps of one pair of channels where the weight's axes are exchanged.
   template <class W, class T>
   void sort_weights(int k0, int count, int c, int vectors, T* to) const {
-    const W* weight = static_cast<const W*>(args.weight);
     const int width = vectors * kLanes;
-    for (int column = 0; column < width; ++column) {
-      T* at = to + column;
-      if (c + column >= args.out_channels) {
-        for (int i = 0; i < count * kTaps2; ++i, at += width) put(at, 0.0f);
-        continue;
-      }
-      const W* w = weight + (c + column) * args.weight_out_stride + k0 * args.weight_in_stride;
-      for (int k = 0; k < count; ++k, w += args.weight_in_stride) {
+    const bool exchanged = args.weight_in_stride != kTaps2;
+    const int runs = exchanged ? count : 1, run = exchanged ? kTaps2 : count * kTaps2;
+    const W* const first = static_cast<const W*>(args.weight) + k0 * args.weight_in_stride;
+    const W* const end = static_cast<const W*>(args.weight) +
+                         (args.out_channels - 1) * args.weight_out_stride +
+                         (channels - 1) * args.weight_in_stride + kTaps2;
+    for (int column = 0; column < width; column += kLanes) {
+      const int columns = min2(kLanes, args.out_channels - c - column);
+      for (int k = 0; k < runs; ++k) {
+        const W* const from = first + k * args.weight_in_stride + (c + column) * args.weight_out_stride;
+        T* const at = to + static_cast<int64_t>(k) * kTaps2 * width + column;
+        for (int i = 0; i < run; i += kLanes) {
+          Vec v[kLanes];
 #pragma GCC unroll 16
-        for (int t = 0; t < kTaps2; ++t, at += width) put(at, to_float(w[t]));
+          for (int l = 0; l < kLanes; ++l) {
+            const W* const w = from + l * args.weight_out_stride + i;
+            v[l] = l >= columns ? Vec{} : w + kLanes <= end ? load(w) : load_some(w, end - w);
+          }
+          transpose(v);
+          const int values = min2(kLanes, run - i);
+#pragma GCC unroll 16
+          for (int l = 0; l < kLanes; ++l)
+            if (l < values) store(at + static_cast<int64_t>(place(i + l)) * width, v[l]);
+        }
       }
     }
   }
+  // Where tap t of a run of channels goes.
+  int place(int t) const { return args.weight_turned ? t / kTaps2 * kTaps2 + kTaps2 - 1 - t % kTaps2 : t; }
   template <class T>
   void sort_any_weights(int k0, int count, int c, int vectors, T* to) const {
     if (args.weight_dtype == DType::kFloat32) {

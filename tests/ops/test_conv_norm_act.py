@@ -401,22 +401,30 @@ def test_gradient_of_padding(mode: str) -> None:
         torch.testing.assert_close(unpadded(grad.clone(), padding, mode), expected)
 
 
-@pytest.mark.parametrize("algorithm", ["direct", "winograd", "winograd2", "streamed", "streamed2"])
-@pytest.mark.parametrize("kernel", [3, 4])
-def test_data_gradients_of_stride_one(kernel: int, algorithm: str) -> None:
+TURNED = [
+    *itertools.product(["direct", "winograd", "winograd2", "streamed", "streamed2"], [3, 4], [17]),
+    ("winograd6", 3, 17),
+    ("direct", 7, 36),
+    ("thin", 7, 3),
+    ("thin", 3, 8),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("algorithm", "kernel", "channels"), TURNED)
+def test_data_gradients_of_stride_one(
+    algorithm: str, kernel: int, channels: int, dtype: torch.dtype, cpu_level: str
+) -> None:
     """By the convolution with the turned weight, its axes exchanged."""
-    x = torch.randn(2, 17, 9, 14, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(20, 17, kernel, kernel, dtype=torch.float64)
-    y = torch.conv2d(x, weight, padding=1)
-    grad = torch.randn_like(y)
-    (expected,) = torch.autograd.grad(y, x, grad)
-    given = grad.float().contiguous(memory_format=torch.channels_last)
-    padding = kernel - 2
-    shape = (2, 17, 9, 14)
-    got = run_conv(
-        [given], weight.float().flip((2, 3)), None, shape, 1, padding, algorithm=algorithm, exchanged=True
-    )
-    assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()
+    x = torch.randn(2, channels, 9, 14, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(20, channels, kernel, kernel).to(dtype)
+    y = torch.conv2d(x, weight.double(), padding=1)
+    grad = torch.randn(y.shape).to(dtype)
+    (expected,) = torch.autograd.grad(y, x, grad.double())
+    given = grad.contiguous(memory_format=torch.channels_last)
+    got = run_conv([given], weight, None, tuple(x.shape), 1, kernel - 2, algorithm=algorithm, turned=True)
+    bound = 2e-5 if dtype == torch.float32 else 1e-2
+    assert (got - expected).abs().max() <= bound * expected.abs().max()
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -48,9 +48,10 @@ struct Thin {
         for (int i = 0; i < channels; ++i) {
           for (int l = 0; l < panel; ++l) {
             const int tap = (c + l) / args.out_channels, co = (c + l) % args.out_channels;
-            *packed++ = c + l < folded ? to_float(weight[co * args.weight_out_stride +
-                                                         i * args.weight_in_stride + p * args.kernel_w + tap])
-                                       : 0.0f;
+            const int64_t at = tap_offset(args, p + tap / args.kernel_w, tap % args.kernel_w);
+            *packed++ = c + l < folded
+                            ? to_float(weight[co * args.weight_out_stride + i * args.weight_in_stride + at])
+                            : 0.0f;
           }
         }
       }

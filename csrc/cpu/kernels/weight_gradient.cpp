@@ -47,7 +47,8 @@ template <class S>
 struct MinimalGradient {
   using W = Winograd<S>;
   static constexpr int kPoints2 = W::kPoints2, kSums2 = W::kSums2, kTaps2 = W::kTaps2;
-  static constexpr int kColumns = 32;                        // input channels of a block
+  static constexpr int kColumns =
+      kVectorsTn * kLanes > 32 ? kVectorsTn * kLanes : 32;   // input channels of a block
   static constexpr int kMostRows = kPoints2 > 40 ? 24 : 48;  // output channels of a block
   static constexpr int kChunk = 512;                         // tiles at a time
 

@@ -296,18 +296,18 @@ def run_conv(
     act: str = "none",
     slope: float = 0.0,
     algorithm: str = "auto",
-    exchanged: bool = False,
+    turned: bool = False,
 ) -> Tensor:
     """``conv`` without checks and derivatives, into a new tensor of ``shape``.
 
     Args:
-        exchanged: the weight's first two axes are exchanged.
+        turned: the weight's first two axes are exchanged, and its kernel is turned by 180°.
     """
     images, out_channels, out_height, out_width = shape
     # Named, so that copies live until the kernel has run.
     inputs = [readable(t) for t in x]
     weight = weight.detach().contiguous()
-    inputs_first = transposed != exchanged
+    inputs_first = transposed != turned
     bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
     scale = None if scale is None else scale.detach().contiguous()
     shift = None if shift is None else shift.detach().contiguous()
@@ -339,6 +339,7 @@ def run_conv(
         "weight_dtype": int(weight.dtype == torch.bfloat16),
         "weight_out_stride": taps if inputs_first else taps * weight.shape[1],
         "weight_in_stride": taps * weight.shape[1] if inputs_first else taps,
+        "weight_turned": turned,
         "bias": 0 if bias is None else bias.data_ptr(),
         "out": describe_output(out),
         "act": activation_code(act),

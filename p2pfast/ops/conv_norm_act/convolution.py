@@ -207,8 +207,7 @@ def data_gradient_ways(
 
     def own(name: str) -> Tensor:
         assert kernels is not None  # the names are its
-        given = weight.flip((2, 3)) if turns else weight
-        result: Tensor = kernels.convolve(name, grad, given, None, shape, same, turns)
+        result: Tensor = kernels.convolve(name, grad, weight, None, shape, same, turns)
         return result
 
     kernels = _own(grad) if _can_turn(grad, weight, g, shape) else None

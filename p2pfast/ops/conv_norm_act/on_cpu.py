@@ -45,16 +45,17 @@ def convolve(
     bias: Tensor | None,
     shape: tuple[int, int, int, int],
     geometry: Geometry,
-    exchanged: bool,
+    turned: bool,
 ) -> Tensor:
     """The convolution of x (N, C, H, W) to a result of ``shape``, in channels_last, by an algorithm.
 
     Args:
-        exchanged: the weight's first two axes are exchanged.
+        turned: the weight is that of the convolution whose data gradient this is: its first two axes are
+            exchanged, and its kernel is turned by 180°.
     """
     g = geometry
     numbers = g.stride, g.padding, g.transposed, g.padding_mode
-    return run_conv([x], weight, bias, shape, *numbers, algorithm=name, exchanged=exchanged)
+    return run_conv([x], weight, bias, shape, *numbers, algorithm=name, turned=turned)
 
 
 def weight_gradients(still: Tensor, windows: Tensor, weight: Tensor, geometry: Geometry) -> list[str]:

@@ -64,12 +64,12 @@ def convolve(
     bias: Tensor | None,
     shape: tuple[int, int, int, int],
     geometry: Geometry,
-    exchanged: bool,
+    turned: bool,
 ) -> Tensor:
     """The convolution by the way of that name, in channels_last."""
     way = _ways(x, weight, shape, geometry)[name]
     numbers = geometry.stride, geometry.padding, geometry.transposed, geometry.padding_mode
-    given = weight.transpose(0, 1) if exchanged else weight
+    given = weight.flip((2, 3)).transpose(0, 1) if turned else weight
     return run([x], given, bias, shape, *numbers, layout=way.layout, config=way.config)
 
 
