@@ -233,7 +233,7 @@ def test_pairs_are_measured_and_remembered(cache_dir: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("name", ["resnet", "unet-instance", "global"])
 def test_pairs_keep_the_quality_of_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within 1 dB of PyTorch in bfloat16 (the mean of some weights), with every layer in pairs that may be."""
+    """Within 1 dB of PyTorch in bfloat16 (a mean), with every layer in pairs that may be."""
     monkeypatch.setenv("P2PFAST_TUNE", "off")
     monkeypatch.setattr(choice, "multiplies_pairs", lambda: True)
     monkeypatch.setattr(choice, "_PAIRS_SPEEDUP", 100.0)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from p2pfast.ops.conv.activation import activate
 from p2pfast.ops.conv.op import run_conv
-from p2pfast.ops.conv_norm_act import conv_norm_act, conv_norm_act_reference, convolution, join
+from p2pfast.ops.conv_norm_act import conv_norm_act, conv_norm_act_reference, convolution, join, on_cpu
 from p2pfast.ops.conv_norm_act.pad import padded, unpadded
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -335,6 +335,51 @@ def test_a_backward_pass_within_autocast(number: int, monkeypatch: pytest.Monkey
         within = torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y), retain_graph=True)
     outside = torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y))
     assert all(torch.equal(a, b) for a, b in zip(within, outside, strict=True))
+
+
+@pytest.mark.parametrize("number", range(len(LAYERS)))
+def test_every_way_in_bfloat16(number: int, monkeypatch: pytest.MonkeyPatch, cpu_level: str) -> None:
+    """Whichever is chosen, at most twice PyTorch's error in bfloat16; products of pairs among them."""
+    monkeypatch.setattr(on_cpu._C, "multiplies_pairs", lambda: True)
+    monkeypatch.setattr(convolution, "library_has_bfloat16", lambda: True)
+    tensors, options = layer(number, torch.channels_last)
+    found: list[tuple[str, str, Tensor]] = []
+
+    def every(key: tuple[Any, ...], *ways: Callable[[], Tensor], device: object = None) -> Tensor:
+        results = [way() for way in ways]
+        found.extend((key[0], way.__name__, r) for way, r in zip(ways, results, strict=True))
+        return results[0]
+
+    monkeypatch.setattr(convolution, "fastest", every)
+    geometry = convolution.Geometry(
+        options.get("stride", 1),
+        options.get("padding", 0),
+        options.get("output_padding", 0),
+        options.get("transposed", False),
+        options.get("padding_mode", "zeros"),
+    )
+    x = tensors["x"].detach().bfloat16().contiguous(memory_format=torch.channels_last)
+    weight = tensors["weight"].detach().bfloat16()
+    y = convolution.forward(x, weight, None, geometry)
+    grad = torch.randn_like(y)
+    convolution.data_gradient(grad, x.shape, weight, geometry)
+    of_weight = convolution.weight_gradient(grad, x, weight, geometry, torch.float32)
+    double = x.double().requires_grad_(), weight.double().requires_grad_()
+    trials = list(found)
+    exact = convolution.forward(*double, None, geometry)
+    gradients = torch.autograd.grad(exact, double, grad.double())
+    truth = {"forward": exact, "data": gradients[0], "weight": gradients[1]}
+    by_library = {kind: r for kind, name, r in trials if name == "library"}
+    assert of_weight.shape == weight.shape and len(by_library) == 3
+    for kind, name, result in trials:
+        got, library = (
+            unpadded(r.double(), geometry.padding, geometry.padding_mode) if kind == "data" else r.double()
+            for r in (result, by_library[kind])
+        )
+        error, allowed = ((r - truth[kind]).norm() for r in (got, library))
+        assert error <= 2 * allowed, (kind, name, error / allowed)
+    in_pairs = any(name == "direct, pairs" for kind, name, _ in trials if kind == "forward")
+    assert in_pairs == (weight.shape[2] in (1, 7) and weight.shape[0] > 4)
 
 
 @pytest.mark.parametrize("number", [1, 3, 4, 6, 8, 9])

@@ -297,11 +297,13 @@ def run_conv(
     slope: float = 0.0,
     algorithm: str = "auto",
     turned: bool = False,
+    pairs: bool = False,
 ) -> Tensor:
     """``conv`` without checks and derivatives, into a new tensor of ``shape``.
 
     Args:
         turned: the weight's first two axes are exchanged, and its kernel is turned by 180°.
+        pairs: products are of bfloat16 pairs; factors are rounded to bfloat16.
     """
     images, out_channels, out_height, out_width = shape
     # Named, so that copies live until the kernel has run.
@@ -340,6 +342,7 @@ def run_conv(
         "weight_out_stride": taps if inputs_first else taps * weight.shape[1],
         "weight_in_stride": taps * weight.shape[1] if inputs_first else taps,
         "weight_turned": turned,
+        "packed_dtype": 2 if pairs else 0,
         "bias": 0 if bias is None else bias.data_ptr(),
         "out": describe_output(out),
         "act": activation_code(act),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from p2pfast import _C
 from p2pfast.ops.conv.op import run_conv
 from p2pfast.ops.conv_norm_act.geometry import Geometry, in_channels_last
 from p2pfast.ops.weight_gradient import weight_gradient
@@ -12,6 +13,7 @@ from p2pfast.ops.weight_gradient import weight_gradient
 _LARGEST_KERNEL = 16
 _LARGEST_UP_STRIDE = 4
 _MOST_FOLDED = 64  # columns of the thin kernel's product
+_PAIRS = ", pairs"
 
 
 def convolutions(
@@ -28,9 +30,13 @@ def convolutions(
     if outputs <= 4 and (g.transposed or g.stride == 1) and folded <= _MOST_FOLDED:
         return ["thin"]
     up = g.stride == 2 and g.padding == 1 if g.transposed else g.stride <= 2
+    # Products of bfloat16 pairs with float32 sums are what PyTorch computes; in tiles, whose points are
+    # rounded too, they would have more than twice its error.
+    pairs = x.dtype == torch.bfloat16 and _C.multiplies_pairs()
+    direct = ["direct" + _PAIRS, "direct"] if pairs else ["direct"]
     if kernel not in ((3, 3), (4, 4)) or not up or channels < 16:
-        return ["direct"]
-    found = ["direct"] if outputs < 16 else []
+        return direct
+    found = direct if outputs < 16 else []
     if pixels <= 2048:
         return [*found, "streamed2", "streamed"]
     if kernel == (3, 3) and g.stride == 1 and pixels > 8192:
@@ -47,7 +53,7 @@ def convolve(
     geometry: Geometry,
     turned: bool,
 ) -> Tensor:
-    """The convolution of x (N, C, H, W) to a result of ``shape``, in channels_last, by an algorithm.
+    """The convolution of x (N, C, H, W) to a result of ``shape``, in channels_last, by the way of that name.
 
     Args:
         turned: the weight is that of the convolution whose data gradient this is: its first two axes are
@@ -55,7 +61,10 @@ def convolve(
     """
     g = geometry
     numbers = g.stride, g.padding, g.transposed, g.padding_mode
-    return run_conv([x], weight, bias, shape, *numbers, algorithm=name, turned=turned)
+    algorithm = name.removesuffix(_PAIRS)
+    return run_conv(
+        [x], weight, bias, shape, *numbers, algorithm=algorithm, turned=turned, pairs=name != algorithm
+    )
 
 
 def weight_gradients(still: Tensor, windows: Tensor, weight: Tensor, geometry: Geometry) -> list[str]:
