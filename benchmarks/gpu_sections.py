@@ -637,7 +637,7 @@ def gradients(
     geometry = Geometry(stride, weight.shape[2] // 2, 0, False, "zeros")
     with torch.no_grad():
         found = {
-            "weight": convolution.weight_gradient_ways(grad, x, weight, geometry, weight.dtype),
+            "weight": convolution.weight_gradient_ways(grad, x, weight, geometry),
             "data": convolution.data_gradient_ways(grad, x.shape, weight, geometry),
         }
         for kind, ways in found.items():

@@ -116,7 +116,7 @@ def test_convolutions_and_gradients(number: int, monkeypatch: pytest.MonkeyPatch
         assert relative(convolution.forward(x, weight, bias, geometry), y) < 1e-5
         assert relative(convolution.data_gradient(grad, x.shape, weight, geometry), of_x) < 1e-5
         data = convolution.data_gradient_ways(grad, x.shape, weight, geometry)
-        own = convolution.weight_gradient_ways(grad, x, weight, geometry, torch.float32)
+        own = convolution.weight_gradient_ways(grad, x, weight, geometry)
         assert all(relative(way(), of_weight) < 1e-5 for way in own)
         assert all(relative(way(), data[-1]()) < 1e-5 for way in data)
     tiles = [way.__name__ for way in (*data, *own) if "warps" in way.__name__]

@@ -363,7 +363,7 @@ def test_every_way_in_bfloat16(number: int, monkeypatch: pytest.MonkeyPatch, cpu
     y = convolution.forward(x, weight, None, geometry)
     grad = torch.randn_like(y)
     convolution.data_gradient(grad, x.shape, weight, geometry)
-    of_weight = convolution.weight_gradient(grad, x, weight, geometry, torch.float32)
+    of_weight = convolution.weight_gradient(grad, x, weight, geometry)
     double = x.double().requires_grad_(), weight.double().requires_grad_()
     trials = list(found)
     exact = convolution.forward(*double, None, geometry)

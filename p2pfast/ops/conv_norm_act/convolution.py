@@ -3,6 +3,10 @@
 On a CPU those are the native algorithms (``on_cpu``), on a GPU the Triton kernels (``on_gpu``) beside
 cuDNN in channels_last. Without measuring (``P2PFAST_TUNE=off``, PyTorch's deterministic mode) native ones and
 cuDNN run.
+
+Weights may have another dtype than what they are multiplied with: under autocast they are float32. The native
+kernels read them as they are, which spares a copy of all weights in each direction of each step; where a
+library multiplies, they are rounded for it.
 """
 
 from __future__ import annotations
@@ -35,7 +39,14 @@ def _own(x: Tensor) -> ModuleType | None:
 
 
 def _key(kind: str, x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[object, ...]:
-    return kind, tuple(x.shape), in_channels_last(x), tuple(weight.shape), x.dtype, geometry
+    dtypes = x.dtype, weight.dtype
+    return kind, tuple(x.shape), in_channels_last(x), tuple(weight.shape), *dtypes, geometry
+
+
+def _readable(weight: Tensor, x: Tensor) -> Tensor:
+    """The weight in a dtype that the own kernels for x read."""
+    as_it_is = x.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+    return weight if as_it_is else weight.to(x.dtype)
 
 
 def _named(name: str, run: Callable[[str], Tensor]) -> Callable[[], Tensor]:
@@ -73,14 +84,22 @@ def library_has_bfloat16() -> bool:
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """The convolution of x (N, C, H, W), in x's memory format."""
-    g = geometry
+    """The convolution of x (N, C, H, W), in x's dtype and memory format."""
+    g, weight = geometry, _readable(weight, x)
 
     def library() -> Tensor:
         source = padded(x, g.padding, g.padding_mode)
         two = [g.stride] * 2
         return torch.convolution(
-            source, weight, bias, two, [g.zeros] * 2, [1, 1], g.transposed, [g.output_padding] * 2, 1
+            source,
+            weight.to(x.dtype),
+            bias,
+            two,
+            [g.zeros] * 2,
+            [1, 1],
+            g.transposed,
+            [g.output_padding] * 2,
+            1,
         )
 
     def own(name: str) -> Tensor:
@@ -104,18 +123,17 @@ def _out_shape(x: Tensor, weight: Tensor, g: Geometry) -> tuple[int, int, int, i
     return x.shape[0], weight.shape[1 if g.transposed else 0], height, width
 
 
-def weight_gradient(
-    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, dtype: torch.dtype
-) -> Tensor:
-    """The gradient for the weight, in ``dtype``, from the output's gradient and the input."""
-    ways = weight_gradient_ways(grad, x, weight, geometry, dtype)
-    return fastest(_key("weight", grad, weight, geometry), *ways, device=_device(grad)).to(dtype)
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """The gradient for the weight, in its dtype, from the output's gradient and the input."""
+    ways = weight_gradient_ways(grad, x, weight, geometry)
+    found = fastest(_key("weight", grad, weight, geometry), *ways, device=_device(grad))
+    return found.to(weight.dtype)
 
 
 def weight_gradient_ways(
-    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, dtype: torch.dtype
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry
 ) -> list[Callable[[], Tensor]]:
-    """What ``weight_gradient`` chooses of; of these, the own kernels' may be in ``dtype`` already.
+    """What ``weight_gradient`` chooses of; of these, the own kernels' may be in the weight's dtype already.
 
     By the library as the tensors lie, on a CPU also from contiguous copies (its kernels for channels_last may
     be several times slower), or by the own kernels.
@@ -134,7 +152,7 @@ def weight_gradient_ways(
     def own(name: str) -> Tensor:
         assert kernels is not None  # the names are its
         kernel = weight.shape[2], weight.shape[3]
-        result: Tensor = kernels.gradient_of_weight(name, still, windows, kernel, g, dtype)
+        result: Tensor = kernels.gradient_of_weight(name, still, windows, kernel, g, weight.dtype)
         return result
 
     kernels = _own(grad)
@@ -146,6 +164,8 @@ def weight_gradient_ways(
 
 def _library_backward(grad: Tensor, source: Tensor, weight: Tensor, g: Geometry, which: int) -> Tensor:
     mask = [which == 0, which == 1, False]
+    if weight.dtype != grad.dtype:  # of which the weight's own gradient only reads the shape
+        weight = weight.to(grad.dtype) if which == 0 else torch.empty_like(weight, dtype=grad.dtype)
     found = aten.convolution_backward(
         grad,
         source,
@@ -179,6 +199,7 @@ def data_gradient_ways(
     with stride 1, the plain one with the weight turned by 180° and its channels exchanged.
     """
     g = geometry
+    weight = _readable(weight, grad)
     extra = 2 * (g.padding - g.zeros)
     shape = (size[0], size[1], size[2] + extra, size[3] + extra)
 

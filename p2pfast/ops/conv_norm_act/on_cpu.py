@@ -22,7 +22,7 @@ def convolutions(
     """Algorithms for ``convolve``, the safest choice last."""
     g, kernel, channels = geometry, tuple(weight.shape[2:]), x.shape[1]
     outputs, pixels = shape[1], shape[0] * shape[2] * shape[3]
-    if not in_channels_last(x) or x.dtype != weight.dtype or max(kernel) > _LARGEST_KERNEL:
+    if not in_channels_last(x) or max(kernel) > _LARGEST_KERNEL:
         return []
     if g.transposed and (g.stride > _LARGEST_UP_STRIDE or g.padding >= min(kernel)):
         return []
@@ -71,7 +71,7 @@ def weight_gradients(still: Tensor, windows: Tensor, weight: Tensor, geometry: G
     """Algorithms for ``gradient_of_weight``; its first two arguments."""
     if not (in_channels_last(still) and in_channels_last(windows)):
         return []
-    if not still.dtype == windows.dtype == weight.dtype:
+    if still.dtype != windows.dtype:
         return []
     minimal = tuple(weight.shape[2:]) in ((3, 3), (4, 4)) and geometry.stride <= 2
     pixels = still.shape[0] * still.shape[2] * still.shape[3]

@@ -214,7 +214,7 @@ class _ConvNormAct(torch.autograd.Function):
         options: _Options,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         given = None if bias is None else bias.to(x.dtype)
-        raw = _channels_last(convolution.forward(x, weight.to(x.dtype), given, options.geometry))
+        raw = _channels_last(convolution.forward(x, weight, given, options.geometry))
         act, slope = options.act, options.slope
         nothing = raw.new_empty(0)
         kept: Tensor | None
@@ -254,8 +254,11 @@ class _ConvNormAct(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, grad)
         # A backward pass may run within autocast, which would take what is padded to float32.
-        with torch.autocast(grad.device.type, enabled=False):
-            return _gradients(ctx, grad)
+        kind = grad.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return _gradients(ctx, grad)
+        return _gradients(ctx, grad)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -293,12 +296,10 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         own = options.norm != "none" and not options.frozen
         of_bias = of_raw.new_zeros(of_raw.shape[1]) if own else of_raw.float().sum((0, 2, 3))
         of_bias = of_bias.to(bias.dtype)
-    lowered = weight.to(of_raw.dtype)
     if needs[0]:
-        of_x = convolution.data_gradient(of_raw, ctx.size, lowered, options.geometry)
+        of_x = convolution.data_gradient(of_raw, ctx.size, weight, options.geometry)
     if needs[1]:
-        seen = _channels_last(x)
-        of_weight = convolution.weight_gradient(of_raw, seen, lowered, options.geometry, weight.dtype)
+        of_weight = convolution.weight_gradient(of_raw, _channels_last(x), weight, options.geometry)
     return of_x, of_weight, of_bias, of_norm_weight, of_norm_bias, of_residual, None, None, None
 
 
