@@ -61,9 +61,9 @@ struct Winograd {
     const W* const end = static_cast<const W*>(args.weight) +
                          (args.out_channels - 1) * args.weight_out_stride +
                          (channels - 1) * args.weight_in_stride + kTaps2;
-    for (int column = 0; column < width; column += kLanes) {
-      const int columns = min2(kLanes, args.out_channels - c - column);
-      for (int k = 0; k < runs; ++k) {
+    for (int k = 0; k < runs; ++k) {
+      for (int column = 0; column < width; column += kLanes) {
+        const int columns = min2(kLanes, args.out_channels - c - column);
         const W* const from = first + k * args.weight_in_stride + (c + column) * args.weight_out_stride;
         T* const at = to + static_cast<int64_t>(k) * kTaps2 * width + column;
         for (int i = 0; i < run; i += kLanes) {
