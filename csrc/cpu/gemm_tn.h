@@ -1,5 +1,6 @@
 // C[m, n] (+)= sum_k A[k, m] B[k, n]: the matrix product of weight gradients, where both operands have one
-// row a pixel (or tile), so nothing has to be packed.
+// row a pixel (or tile), so nothing has to be packed. Elements T are float32, or pairs of bfloat16 from two
+// pixels: K counts pairs then.
 #pragma once
 
 #include "cpu/simd.h"
@@ -10,8 +11,8 @@ inline constexpr int kRowsTn = 6;
 inline constexpr int kVectorsTn = kLanes == 16 ? 4 : 2;
 inline constexpr int kDepthTn = 128;  // rows of A and B that stay in the L1 cache
 
-template <int kRows, int kVectors>
-__attribute__((noinline)) void micro_tn(const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+template <int kRows, int kVectors, class T>
+__attribute__((noinline)) void micro_tn(const T* a, int64_t lda, const T* b, int64_t ldb, float* c,
                                         int64_t ldc, int k, bool accumulate) {
   Vec acc[kRows][kVectors];
 #pragma GCC unroll 16
@@ -21,14 +22,14 @@ __attribute__((noinline)) void micro_tn(const float* a, int64_t lda, const float
   }
 #pragma GCC unroll 2
   for (int i = 0; i < k; ++i, a += lda, b += ldb) {
-    Vec row[kVectors];
+    decltype(load(b)) row[kVectors];
 #pragma GCC unroll 16
     for (int n = 0; n < kVectors; ++n) row[n] = load(b + n * kLanes);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
-      const Vec x = splat(a[m]);
+      const auto x = splat(a[m]);
 #pragma GCC unroll 16
-      for (int n = 0; n < kVectors; ++n) acc[m][n] += x * row[n];
+      for (int n = 0; n < kVectors; ++n) acc[m][n] = multiply_add(acc[m][n], x, row[n]);
     }
   }
 #pragma GCC unroll 16
@@ -38,8 +39,8 @@ __attribute__((noinline)) void micro_tn(const float* a, int64_t lda, const float
   }
 }
 
-template <int kVectors>
-void rows_tn(int rows, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int k,
+template <int kVectors, class T>
+void rows_tn(int rows, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, int k,
              bool accumulate) {
   for (int m = 0; m < rows; m += kRowsTn, a += kRowsTn, c += kRowsTn * ldc) {
     switch (min2(kRowsTn, rows - m)) {
@@ -66,8 +67,9 @@ void rows_tn(int rows, const float* a, int64_t lda, const float* b, int64_t ldb,
 }
 
 // `columns` of B and C, rounded up to vectors, are read and written.
-inline void gemm_tn(int rows, int columns, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                    int64_t ldc, int k, bool accumulate) {
+template <class T>
+void gemm_tn(int rows, int columns, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc,
+             int k, bool accumulate) {
   for (int k0 = 0; k0 < k; k0 += kDepthTn, a += kDepthTn * lda, b += kDepthTn * ldb) {
     const int depth = min2(kDepthTn, k - k0);
     const bool more = accumulate || k0 > 0;

@@ -23,8 +23,9 @@ enum class WeightGradientAlgorithm : int32_t {
   kMinimal = 0,  // minimal filtering, the transpose of the convolution's; see toom.h
   kTaps = 1,     // matrix product whose columns are the weights of an output in order: few pixels
   kRows = 2,     // matrix products of rows of pixels: few channels
+  kPairs = 3,    // the same of bfloat16 pairs
 };
-inline constexpr int kWeightGradientAlgorithms = 3;
+inline constexpr int kWeightGradientAlgorithms = 4;
 
 struct WeightGradientKernel {
   // Why this shape cannot run here, or null.
@@ -37,6 +38,7 @@ struct WeightGradientKernel {
 P2PFAST_PER_LEVEL(WeightGradientKernel, minimal_gradient)
 P2PFAST_PER_LEVEL(WeightGradientKernel, taps_gradient)
 P2PFAST_PER_LEVEL(WeightGradientKernel, rows_gradient)
+P2PFAST_PER_LEVEL(WeightGradientKernel, pairs_gradient)
 
 inline const WeightGradientKernel& weight_gradient_kernel(WeightGradientAlgorithm algorithm) {
   switch (algorithm) {
@@ -44,6 +46,8 @@ inline const WeightGradientKernel& weight_gradient_kernel(WeightGradientAlgorith
       return minimal_gradient();
     case WeightGradientAlgorithm::kTaps:
       return taps_gradient();
+    case WeightGradientAlgorithm::kPairs:
+      return pairs_gradient();
     default:
       return rows_gradient();
   }

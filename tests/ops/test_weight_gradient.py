@@ -25,8 +25,13 @@ WEIGHTS = [  # images, inputs, outputs, height, width, kernel, stride, padding, 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_against_the_reference(dtype: torch.dtype, algorithm: str) -> None:
+def test_against_the_reference(dtype: torch.dtype, algorithm: str, cpu_level: str) -> None:
     """Against float64, far from zero, at any number of threads with the same bits."""
+    if algorithm == "pairs" and dtype == torch.float32:
+        x = torch.randn(1, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+        with pytest.raises(ValueError, match="bfloat16"):
+            weight_gradient(x, x, (3, 3), 1, 1, "zeros", algorithm)
+        return
     for images, inputs, outputs, height, width, kernel, stride, padding, mode in WEIGHTS:
         if algorithm == "minimal" and (kernel not in (3, 4) or stride > 2):
             continue
@@ -52,6 +57,22 @@ def test_against_the_reference(dtype: torch.dtype, algorithm: str) -> None:
             exact = weight_gradient(grad, x, *numbers, algorithm, torch.float32)
             assert exact.dtype == torch.float32 and torch.equal(exact.bfloat16(), got)
             assert (exact.double() - expected).abs().max() <= 2e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("algorithm", ["taps", "rows", "pairs"])
+@pytest.mark.parametrize("width", [1, 8, 9, 129])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_nan_reaches_what_it_is_in(algorithm: str, width: int, stride: int, cpu_level: str) -> None:
+    """The taps that see it, and no others, wherever it is: at ends of blocks, too."""
+    for at in {0, width // 2, width - 1}:
+        x = torch.randn(1, 3, 5, width).bfloat16().contiguous(memory_format=torch.channels_last)
+        x[0, 1, 2, at] = torch.nan
+        out = (5 - 1) // stride + 1, (width - 1) // stride + 1
+        grad = torch.randn(1, 4, *out).bfloat16().contiguous(memory_format=torch.channels_last)
+        numbers = (3, 3), stride, 1, "zeros"
+        expected = weight_gradient_reference(grad, x, *numbers)
+        got = weight_gradient(grad, x, *numbers, algorithm)
+        assert torch.equal(got.isnan(), expected.isnan())
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate"])

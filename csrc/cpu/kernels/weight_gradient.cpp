@@ -326,9 +326,11 @@ struct Taps {
 
 // --- few channels --------------------------------------------------------------------------------
 
+// T: elements of the products, values of a pixel or pairs of values of two neighbouring output pixels.
+template <class T>
 struct Rows {
-  static constexpr int kMostColumns = 64, kMostLines = 8;  // pixels of a block
-  static constexpr int kMostRows = 48;                     // output channels of a task
+  static constexpr int kMostColumns = 64 * kValues<T>, kMostLines = 8;  // pixels of a block
+  static constexpr int kMostRows = 48;                                  // output channels of a task
   static constexpr int kMostParts = 8;
 
   const WeightGradientArgs& args;
@@ -357,11 +359,12 @@ struct Rows {
   }
 
   struct Own {
-    float *window, *g;
+    float *window, *g, *alone;
   };
   Own carve_own(Carver& carver) const {
     return {carver.floats(static_cast<int64_t>(window_lines) * window_columns * channels + 2 * kGatherSlack),
-            carver.floats(static_cast<int64_t>(block_lines) * block_columns * rows + kGatherSlack)};
+            carver.floats(static_cast<int64_t>(block_lines) * block_columns * rows + kGatherSlack),
+            carver.floats(kValues<T> == 2 ? window_lines * ldc + kGatherSlack : 0)};
   }
   float* carve_shared(Carver& carver) const { return carver.floats(parts * row_blocks * sums); }
   int64_t workspace(int threads) const {
@@ -370,6 +373,50 @@ struct Rows {
     carve_own(own);
     return shared.used + own.used * threads;
   }
+
+  // to[i] = (first[i], second[i]), values that bfloat16 has; in place where `to` is not past `first`.
+  static void pair_up(const float* first, const float* second, int64_t n, float* to) {
+    constexpr uint32_t kHigh = 0xffff0000u;
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+      store(to + i, (Vec)((VecW)load(first + i) >> 16 | ((VecW)load(second + i) & kHigh)));
+    for (; i < n; ++i) {
+      uint32_t low, high;
+      std::memcpy(&low, first + i, 4);
+      std::memcpy(&high, second + i, 4);
+      low = low >> 16 | (high & kHigh);
+      std::memcpy(to + i, &low, 4);
+    }
+  }
+  // Every column of a window with the one that the next output pixel sees in its place.
+  void pair_window(float* window, int64_t lines, int64_t columns, int64_t line) const {
+    const int64_t next = static_cast<int64_t>(stride) * channels;
+    const int64_t n = max2<int64_t>(0, columns * channels - next);
+    for (int64_t y = 0; y < lines; ++y, window += line) {
+      pair_up(window, window + next, n, window);
+      for (int64_t i = n; i < columns * channels; ++i) pair_up(window + i, &kZero, 1, window + i);
+    }
+  }
+  // What an odd last pixel sees, beside zeros: a gradient of zero would not do, zero times a NaN is none.
+  void pair_alone(const float* window, int64_t lines, int64_t line, float* alone) const {
+    for (int64_t y = 0; y < lines; ++y, window += line, alone += ldc) {
+      for (int i = 0; i < run_columns; i += kLanes) store(alone + i, (Vec)((VecW)load(window + i) & 0xffffu));
+    }
+  }
+  void pair_gradient(float* g, int64_t lines, int64_t columns, int64_t count) const {
+    float* to = g;
+    for (int64_t y = 0; y < lines; ++y) {
+      for (int64_t x = 0; x < columns; x += 2, to += count) {
+        const float* const from = g + (y * columns + x) * count;
+        if (x + 1 < columns) {
+          pair_up(from, from + count, count, to);
+        } else {
+          for (int64_t i = 0; i < count; ++i) pair_up(from + i, &kZero, 1, to + i);
+        }
+      }
+    }
+  }
+  static constexpr float kZero = 0.0f;
 
   void run() const {
     const ConvArgs& a = args.conv;
@@ -395,24 +442,39 @@ struct Rows {
                static_cast<int64_t>(x0) * stride - a.pad_left, (nx - 1) * stride + a.kernel_w, 0, channels,
                own.window, channels, line);
         gather(grad, image, y0, ny, x0, nx, o0, count, own.g, count, static_cast<int64_t>(nx) * count);
+        const int64_t pixels = kValues<T>, step = pixels * stride * channels;
+        const int whole = static_cast<int>(nx / pixels), elements = static_cast<int>(ceil_div(nx, pixels));
+        if constexpr (kValues<T> == 2) {
+          const int64_t seen = (ny - 1) * stride + a.kernel_h;
+          pair_window(own.window, seen, (nx - 1) * stride + a.kernel_w, line);
+          pair_gradient(own.g, ny, nx, count);
+          if (elements > whole) pair_alone(own.window + whole * step, seen, line, own.alone);
+        }
         for (int ky = 0; ky < a.kernel_h; ++ky) {
-          for (int y = 0; y < ny; ++y)
-            gemm_tn(count, run_columns, own.g + static_cast<int64_t>(y) * nx * count, count,
-                    own.window + (y * stride + ky) * line, static_cast<int64_t>(stride) * channels,
-                    c + ky * rows * ldc, ldc, nx, more || y > 0);
+          float* const sum = c + ky * rows * ldc;
+          for (int y = 0; y < ny; ++y) {
+            const T* const g = reinterpret_cast<const T*>(own.g) + static_cast<int64_t>(y) * elements * count;
+            const int64_t at = y * stride + ky;
+            gemm_tn(count, run_columns, g, count, reinterpret_cast<const T*>(own.window) + at * line, step,
+                    sum, ldc, whole, more || y > 0);
+            if (elements > whole)
+              gemm_tn(count, run_columns, g + static_cast<int64_t>(whole) * count, count,
+                      reinterpret_cast<const T*>(own.alone) + at * ldc, ldc, sum, ldc, 1,
+                      more || y > 0 || whole > 0);
+          }
         }
         more = true;
       }
     });
-    auto finish = args.out_dtype == DType::kFloat32 ? &Rows::add<float> : &Rows::add<bf16>;
+    auto finish = args.out_dtype == DType::kFloat32 ? &Rows::template add<float> : &Rows::template add<bf16>;
     parallel_for(outputs, [&](int64_t o, int) { (this->*finish)(partial, static_cast<int>(o)); });
   }
 
   // Adds up the parts of one output channel, and exchanges taps and channels.
-  template <class T>
+  template <class Out>
   void add(const float* partial, int o) const {
     const int kernel_h = args.conv.kernel_h, kernel_w = args.conv.kernel_w;
-    T* const out = static_cast<T*>(args.out) + static_cast<int64_t>(o) * channels * kernel_h * kernel_w;
+    Out* const out = static_cast<Out*>(args.out) + static_cast<int64_t>(o) * channels * kernel_h * kernel_w;
     for (int ky = 0; ky < kernel_h; ++ky) {
       const float* from = partial + o / rows * sums + (ky * rows + o % rows) * ldc;
       for (int kx = 0; kx < kernel_w; ++kx) {
@@ -427,6 +489,13 @@ struct Rows {
 };
 
 const char* never_refuses(const WeightGradientArgs&) { return nullptr; }
+const char* pairs_refuse(const WeightGradientArgs& args) {
+  const Source& s = args.conv.source[0];
+  const bool plain = args.conv.sources == 1 && s.scale == nullptr && s.act == Act::kNone;
+  if (!plain || s.dtype != DType::kBFloat16 || args.grad.dtype != DType::kBFloat16)
+    return "needs a plain input and a gradient in bfloat16";
+  return nullptr;
+}
 
 template <class K>
 int64_t workspace_of(const WeightGradientArgs& args, int threads) {
@@ -449,6 +518,7 @@ const WeightGradientKernel minimal_gradient = {
       with_forward_scheme(args.conv, [&]<class S>() { MinimalGradient<S>{args}.run(); });
     }};
 const WeightGradientKernel taps_gradient = {never_refuses, workspace_of<Taps>, run_of<Taps>};
-const WeightGradientKernel rows_gradient = {never_refuses, workspace_of<Rows>, run_of<Rows>};
+const WeightGradientKernel rows_gradient = {never_refuses, workspace_of<Rows<float>>, run_of<Rows<float>>};
+const WeightGradientKernel pairs_gradient = {pairs_refuse, workspace_of<Rows<Pair>>, run_of<Rows<Pair>>};
 
 }  // namespace p2pfast::P2PFAST_LEVEL

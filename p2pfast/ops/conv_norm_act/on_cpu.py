@@ -16,6 +16,10 @@ _MOST_FOLDED = 64  # columns of the thin kernel's product
 _PAIRS = ", pairs"
 
 
+def _multiplies_pairs(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and bool(_C.multiplies_pairs())
+
+
 def convolutions(
     x: Tensor, weight: Tensor, shape: tuple[int, int, int, int], geometry: Geometry
 ) -> list[str]:
@@ -32,8 +36,7 @@ def convolutions(
     up = g.stride == 2 and g.padding == 1 if g.transposed else g.stride <= 2
     # Products of bfloat16 pairs with float32 sums are what PyTorch computes; in tiles, whose points are
     # rounded too, they would have more than twice its error.
-    pairs = x.dtype == torch.bfloat16 and _C.multiplies_pairs()
-    direct = ["direct" + _PAIRS, "direct"] if pairs else ["direct"]
+    direct = ["direct" + _PAIRS, "direct"] if _multiplies_pairs(x) else ["direct"]
     if kernel not in ((3, 3), (4, 4)) or not up or channels < 16:
         return direct
     found = direct if outputs < 16 else []
@@ -78,6 +81,8 @@ def weight_gradients(still: Tensor, windows: Tensor, weight: Tensor, geometry: G
     found = []
     if min(weight.shape[:2]) <= 64:
         found.append("rows")
+        if _multiplies_pairs(still):
+            found.append("pairs")
     if pixels <= 512 or not (minimal or found):
         found.append("taps")
     if minimal and min(weight.shape[:2]) >= 16 and pixels >= 16:
