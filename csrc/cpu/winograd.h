@@ -57,6 +57,7 @@ struct Winograd {
     const int width = vectors * kLanes;
     const bool exchanged = args.weight_in_stride != kTaps2;
     const int runs = exchanged ? count : 1, run = exchanged ? kTaps2 : count * kTaps2;
+    const int64_t ahead = 4 * args.weight_in_stride;
     const W* const first = static_cast<const W*>(args.weight) + k0 * args.weight_in_stride;
     const W* const end = static_cast<const W*>(args.weight) +
                          (args.out_channels - 1) * args.weight_out_stride +
@@ -71,6 +72,8 @@ struct Winograd {
 #pragma GCC unroll 16
           for (int l = 0; l < kLanes; ++l) {
             const W* const w = from + l * args.weight_out_stride + i;
+            // Runs are too short for the processor to see where the next ones are.
+            if (exchanged) __builtin_prefetch(w + ahead);
             v[l] = l >= columns ? Vec{} : w + kLanes <= end ? load(w) : load_some(w, end - w);
           }
           transpose(v);
