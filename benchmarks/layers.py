@@ -69,7 +69,7 @@ def main() -> None:
     options = parser.parse_args()
     peak = beside("peak").measure()
     print(f"{options.case} {options.dtype}, {torch.get_num_threads()} threads: ", end="")
-    print(f"{peak.gflops:.0f} GFLOP/s of a matrix product, {peak.gb_per_s:.1f} GB/s of a copy\n")
+    print(f"{peak.gflops:.0f} GFLOP/s of the matrix kernel, {peak.gb_per_s:.1f} GB/s of a copy\n")
     print("| layers | kernel | ms | floor, ms | share |\n|---|---|---|---|---|")
     total = Group()
     floors = 0.0

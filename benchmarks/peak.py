@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from p2pfast.runtime.peak import peak_gigaflops
+
 
 @dataclass(frozen=True)
 class Peak:
-    """gflops: float32 operations (two a multiplication) of a large matrix product; gb_per_s: of a copy, bytes
-    read and written, far larger than the caches."""
+    """gflops: float32 operations (two a multiplication) of the matrix kernel on operands in the caches;
+    gb_per_s: of a copy, bytes read and written, far larger than the caches."""
 
     gflops: float
     gb_per_s: float
@@ -42,12 +44,9 @@ def seconds(function: Callable[[], object], repeats: int) -> list[float]:
 @functools.cache
 def measure() -> Peak:
     """Measured once a process, with the threads that PyTorch has."""
-    side = 1536
-    a, b = torch.randn(side, side), torch.randn(side, side)
-    product = torch.empty(side, side)
     source = torch.ones(64 << 20)
     target = torch.empty_like(source)
     return Peak(
-        gflops=2e-9 * side**3 / best(lambda: torch.mm(a, b, out=product)),
+        gflops=peak_gigaflops(),
         gb_per_s=2e-9 * source.nbytes / best(lambda: target.copy_(source)),
     )

@@ -8,6 +8,7 @@
 #include "cpu/borrowed.h"
 #include "cpu/level.h"
 #include "cpu/parallel.h"
+#include "cpu/peak.h"
 #include "cpu/processor.h"
 
 namespace py = pybind11;
@@ -55,6 +56,14 @@ void bind_runtime(py::module_& m) {
   m.def("supported_level", [] { return level_name(supported_level()); });
   m.def("multiplies_pairs", &multiplies_pairs,
         "Whether the active level has instructions for products of bfloat16 pairs.");
+  m.def(
+      "run_peak",
+      [](bool pairs, int rounds) {
+        py::gil_scoped_release release;
+        return (pairs ? peak_kernels().run_pairs : peak_kernels().run)(rounds);
+      },
+      py::arg("pairs"), py::arg("rounds"),
+      "Runs the matrix kernel on operands in the caches, on every thread; the multiplications that it did.");
   m.def("levels", &compiled_levels, "Names of the compiled levels, lowest first.");
   m.def("missing_for", &missing_for_name, py::arg("level"),
         "What this machine lacks for a level; '' if nothing.");

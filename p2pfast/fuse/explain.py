@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import time
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from p2pfast.fuse.optimize import Optimized
@@ -15,6 +12,7 @@ from p2pfast.runtime.cpu import CpuEngine
 from p2pfast.runtime.gpu.engine import CudaEngine
 from p2pfast.runtime.gpu.plan import GpuPlan
 from p2pfast.runtime.memory import readable
+from p2pfast.runtime.peak import peak_gigaflops
 from p2pfast.runtime.plan import Plan
 
 
@@ -28,7 +26,7 @@ class Row:
     seconds: float
     gigaflops: float
     megabytes: float
-    share: float = 0.0  # of the processor's measured peak in float32
+    share: float = 0.0  # of the processor's measured peak
     reason: str = ""  # why this kernel, where there was a choice
 
 
@@ -80,8 +78,9 @@ def explain(model: nn.Module) -> Explanation:
     On a GPU the steps are timed now, one after the other, on whatever the last call left in memory.
 
     GFLOP/s counts the operations really done (minimal filtering needs fewer than the convolution's
-    definition), and peak is their share of what a large matrix product reaches on this processor with the
-    same threads; MB is what the layer reads and writes at least.
+    definition), and peak is their share of what the matrix kernel reaches on this processor while its
+    operands are in the caches, in float32 or, for layers that multiply bfloat16 pairs, of those; MB is what
+    the layer reads and writes at least.
 
     Raises TypeError for a module that :func:`p2pfast.optimize` did not return.
     """
@@ -125,7 +124,7 @@ def _explain(model: nn.Module, prefix: str) -> Explanation:
             last = plan.reports[index + 1].step if index + 1 < len(plan.reports) else len(seconds)
             spent = sum(seconds[report.step : last])
             speed = 2e-9 * report.multiplications / spent if spent and report.multiplications else 0.0
-            share = speed / peak_gigaflops(torch.get_num_threads()) if speed else 0.0
+            share = speed / peak_gigaflops("pairs" in report.kernel) if speed else 0.0
             row = Row(
                 prefix + report.name, report.kernel, report.detail, spent, speed, report.bytes / 1e6, share
             )
@@ -141,18 +140,6 @@ def _explain(model: nn.Module, prefix: str) -> Explanation:
     if state.pieces and state.reason is not None:
         found.note = f"optimised in {len(state.pieces)} pieces, not as one: {state.reason}"
     return found
-
-
-@functools.cache
-def peak_gigaflops(threads: int) -> float:
-    """float32 GFLOP/s of a large matrix product with PyTorch's present number of threads, measured once."""
-    side, best = 1024, float("inf")
-    a, b = torch.ones(side, side), torch.ones(side, side)
-    for _ in range(4):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        best = min(best, time.perf_counter() - start)
-    return 2e-9 * side**3 / best
 
 
 def _memory(engine: CpuEngine | CudaEngine, plan: Plan | GpuPlan) -> str:
