@@ -415,11 +415,15 @@ struct LabelConvKernel {
           const int64_t pixel = line + padded_index(p.x + x + first - t.kernel / 2, a.width, a.reflect);
           const int count = a.pooled.entries[pixel] & (kSame - 1);
           const BlendEntry* const entry = a.pooled.entry + pixel * a.pooled.slots;
+          // A mixture's own sum first: all of them one after another would each round at the size of the whole.
+          float part[kQuad] = {};
           for (int e = 0; e < count; ++e)
-            add(sum,
+            add(part,
                 sums +
                     (static_cast<int32_t>(entry[e].channel) * t.intervals + interval(first, last)) * t.stride,
                 entry[e].weight);
+          P2PFAST_UNROLL
+          for (int c = 0; c < kQuad; ++c) sum[c] += part[c];
         }
       }
     }

@@ -27,6 +27,7 @@ struct Shape {
   Pad mode = Pad::kZero;
   int block = 0, group = 0;
   bool constant = false;  // one value for all pixels of an image and channel
+  bool turned = false;    // kernels lie turned by 180 degrees
 };
 
 int64_t padded(int64_t channels) { return (channels + 15) / 16 * 16; }
@@ -134,6 +135,7 @@ struct Problem {
     args.weight_dtype = half ? DType::kBFloat16 : DType::kFloat32;
     args.weight_out_stride = s.transposed ? taps : taps * total;
     args.weight_in_stride = s.transposed ? taps * s.out_channels : taps;
+    args.weight_turned = s.turned;
     args.bias = bias.data();
     args.act = Act::kNone;
     args.block = s.block;
@@ -144,13 +146,14 @@ struct Problem {
   // Adds the contribution of input pixel (y, x) through tap (ky, kx) to sum[out channel].
   void add(int64_t n, int64_t y, int64_t x, int ky, int kx, std::vector<double>& sum) {
     int64_t channel = 0;
+    const int tap = ky * shape.kernel + kx, taps = shape.kernel * shape.kernel;
     for (Input& input : inputs) {
       for (int c = 0; c < input.channels; ++c, ++channel) {
         const double v = input.used(n, y, x, c);
         for (int o = 0; o < shape.out_channels; ++o)
           sum[static_cast<size_t>(o)] +=
               v * weight[static_cast<size_t>(o * args.weight_out_stride + channel * args.weight_in_stride +
-                                             ky * shape.kernel + kx)];
+                                             (shape.turned ? taps - 1 - tap : tap))];
       }
     }
   }
@@ -303,6 +306,9 @@ TEST(conv_matches_naive) {
         compare(algorithm, shape, false, false, Layout::kPadded);
         compare(algorithm, shape, true, true, Layout::kDense);
         compare(algorithm, shape, false, true, Layout::kPlanes);
+        Shape turned = shape;
+        turned.turned = true;
+        compare(algorithm, turned, false, false, Layout::kPadded);
         if (a == 5) continue;
         for (const Packed packed : {Packed::kBFloat16, Packed::kPairs})
           compare(algorithm, shape, false, true, Layout::kPadded, packed);
