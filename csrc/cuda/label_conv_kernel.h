@@ -415,7 +415,7 @@ struct LabelConvKernel {
           const int64_t pixel = line + padded_index(p.x + x + first - t.kernel / 2, a.width, a.reflect);
           const int count = a.pooled.entries[pixel] & (kSame - 1);
           const BlendEntry* const entry = a.pooled.entry + pixel * a.pooled.slots;
-          // A mixture's own sum first: all of them one after another would each round at the size of the whole.
+          // A mixture's own sum first: one after another, all would round at the size of the whole.
           float part[kQuad] = {};
           for (int e = 0; e < count; ++e)
             add(part,
