@@ -194,7 +194,7 @@ struct Direct {
         sum[v] += d;
         squares[v] += d * d;
         const Vec result = args.act == Act::kNone ? value : finish(value, args.act, args.slope);
-        if constexpr (sizeof(T) == 4) {
+        if constexpr (kPanel * sizeof(T) % 64 == 0) {  // whole lines
           if (streaming) {
             stream(to + v * kLanes, result);
             continue;

@@ -51,9 +51,10 @@ struct Moments {
 
 // Whether an output is too large to stay in a cache until it is read, and laid out for whole lines.
 inline bool streams(const ConvArgs& args) {
-  const int64_t bytes = 4 * args.images * args.out.image_stride;
-  return bytes > kStreamedBytes && args.out.pixel_stride % 16 == 0 && args.out.row_stride % 16 == 0 &&
-         args.out.image_stride % 16 == 0 && reinterpret_cast<uintptr_t>(args.out.data) % 64 == 0;
+  const int64_t size = args.out.dtype == DType::kFloat32 ? 4 : 2, line = 64 / size;
+  return kCanStream && size * args.images * args.out.image_stride > kStreamedBytes &&
+         args.out.pixel_stride % line == 0 && args.out.row_stride % line == 0 &&
+         args.out.image_stride % line == 0 && reinterpret_cast<uintptr_t>(args.out.data) % 64 == 0;
 }
 inline float finish_scalar(float v, Act act, float slope) {
   switch (act) {

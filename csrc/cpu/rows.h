@@ -6,6 +6,7 @@
 // channels, and every input row is read and transformed once. Mathematics: p2pfast/ops/conv/README.md.
 #pragma once
 
+#include "cpu/ahead.h"
 #include "cpu/conv.h"
 #include "cpu/epilogue.h"
 #include "cpu/parallel.h"
@@ -40,6 +41,7 @@ struct Rows7 {
 template <int kCo, int kVectors>
 __attribute__((noinline)) void rows_micro(const float* v, int64_t v_channel, const float* w, int channels,
                                           int taps, float* m, int64_t m_co, bool accumulate) {
+  constexpr bool kHeld = kLanes == 16 && kCo > 1;  // 8 lanes have no register for it
   Vec acc[kCo][kVectors];
 #pragma GCC unroll 16
   for (int o = 0; o < kCo; ++o) {
@@ -53,7 +55,7 @@ __attribute__((noinline)) void rows_micro(const float* v, int64_t v_channel, con
       for (int o = 0; o < kCo; ++o) weight[o] = splat(w[o]);
 #pragma GCC unroll 16
       for (int n = 0; n < kVectors; ++n) {
-        const Vec x = load(v + t + n * kLanes);
+        const Vec from = load(v + t + n * kLanes), x = kHeld ? held(from) : from;
 #pragma GCC unroll 16
         for (int o = 0; o < kCo; ++o) acc[o][n] += weight[o] * x;
       }
@@ -186,45 +188,13 @@ struct Rows {
     }
   }
 
-  // The input rows of the next step, fetched into the L2 cache a few lines at a time between products.
-  struct Ahead {
-    const char* row[2 * kStep];
-    int64_t row_lines[2 * kStep];
-    int rows, share;  // share: lines at a time
-
-    P2PFAST_INLINE void fetch() {
-      for (int left = share; left > 0 && rows > 0;) {
-        const int64_t n = min2<int64_t>(left, row_lines[rows - 1]);
-        for (int64_t i = 0; i < n; ++i) __builtin_prefetch(row[rows - 1] + 64 * i, 0, 2);
-        row[rows - 1] += 64 * n;
-        row_lines[rows - 1] -= n;
-        left -= static_cast<int>(n);
-        if (row_lines[rows - 1] == 0) --rows;
-      }
-    }
-  };
   static constexpr int64_t kAheadLines = 3072;  // more would push the points out
 
-  // Rows [y, y + kStep) of the padded input and the columns of the window that begins at x0.
+  // The input of rows [y, y + kStep) of the padded input and the columns of the window that begins at x0.
   Ahead ahead(int64_t image, int64_t y, int64_t x0, int valid, int products) const {
-    Ahead a{};
-    int64_t lines = 0;
-    const int64_t begin = max2<int64_t>(0, x0 - args.pad_left);
-    const int64_t end = min2<int64_t>(args.width, x0 + valid + args.kernel_w);
-    for (int i = 0; i < args.sources && begin < end; ++i) {
-      const Source& s = args.source[i];
-      const int64_t size = s.dtype == DType::kFloat32 ? 4 : 2;
-      for (int r = 0; r < kStep && s.channel_stride == 1; ++r) {
-        const int64_t iy = padded_index(y + r, args.height, args.pad);
-        if (iy < 0) continue;
-        a.row[a.rows] = static_cast<const char*>(s.data) +
-                        size * (image * s.image_stride + iy * s.row_stride + begin * s.pixel_stride);
-        a.row_lines[a.rows] = ceil_div((end - begin) * s.pixel_stride * size, 64);
-        lines += a.row_lines[a.rows++];
-      }
-    }
-    if (lines > kAheadLines) a.rows = 0;
-    a.share = static_cast<int>(ceil_div(lines, products));
+    Ahead a;
+    for (int r = 0; r < kStep; ++r) a.add(args, image, y + r, x0 - args.pad_left, valid + args.kernel_w);
+    a.share_among(products, kAheadLines);
     return a;
   }
 

@@ -46,6 +46,17 @@ P2PFAST_INLINE Vec splat(float x) { return x - (Vec){}; }
 P2PFAST_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
 P2PFAST_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
 
+// v, in a register: else GCC reads it from memory again for each of its uses, which takes as long as two
+// reads where it lies across two cache lines.
+P2PFAST_INLINE Vec held(Vec v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif !defined(P2PFAST_WIDE)
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
 // A store that goes to memory without reading the line first, for data too large to be read again from a
 // cache; p is aligned to the vector. finish_streams() orders such stores before what other threads do next.
 P2PFAST_INLINE void stream(float* p, Vec v) {
@@ -66,6 +77,11 @@ P2PFAST_INLINE void finish_streams() {
   _mm_sfence();
 #endif
 }
+#if defined(__AVX2__)
+inline constexpr bool kCanStream = true;
+#else
+inline constexpr bool kCanStream = false;
+#endif
 
 P2PFAST_INLINE float bf16_to_float(bf16 h) {
   const uint32_t w = static_cast<uint32_t>(h) << 16;
@@ -110,9 +126,9 @@ Vec load_some(const T* p, int64_t count) {
   return load(values);
 }
 
-P2PFAST_INLINE void store(bf16* p, Vec v) {
+P2PFAST_INLINE VecH to_bf16(Vec v) {
 #if defined(__AVX512BF16__)
-  *reinterpret_cast<VecHU*>(p) = (VecHU)_mm512_cvtneps_pbh((__m512)v);
+  return (VecH)_mm512_cvtneps_pbh((__m512)v);
 #else
   const VecW w = (VecW)v;
   const VecI is_nan = (VecI)(v != v);
@@ -121,13 +137,26 @@ P2PFAST_INLINE void store(bf16* p, Vec v) {
   const VecW r = (rounded & ~(VecW)is_nan) | (quiet & (VecW)is_nan);
 #if defined(__AVX2__) && !defined(P2PFAST_WIDE)
   const __m256i packed = _mm256_packus_epi32((__m256i)r, (__m256i)r);
-  const __m128i low = _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
-  *reinterpret_cast<VecHU*>(p) = (VecHU)low;
+  return (VecH)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 #else
-  *reinterpret_cast<VecHU*>(p) = (VecHU)narrow(r);
+  return narrow(r);
 #endif
 #endif
 }
+P2PFAST_INLINE void store(bf16* p, Vec v) { *reinterpret_cast<VecHU*>(p) = (VecHU)to_bf16(v); }
+
+// The same for bfloat16; the vectors of a cache line are written one after the other.
+P2PFAST_INLINE void stream(bf16* p, Vec v) {
+#if defined(P2PFAST_WIDE)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)to_bf16(v));
+#elif defined(__AVX2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)to_bf16(v));
+#else
+  store(p, v);
+#endif
+}
+template <class T>
+inline constexpr int kLineVectors = 64 / static_cast<int>(sizeof(T)) / kLanes;  // that fill a cache line
 
 // sum + a * b, where a pair of lanes is two products. As Intel defines the instruction: the second product is
 // added first, every addition rounds to nearest. A product of two bfloat16 values is exact in float32, so

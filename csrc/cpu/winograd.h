@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "cpu/ahead.h"
 #include "cpu/conv.h"
 #include "cpu/epilogue.h"
 #include "cpu/gather.h"
@@ -231,10 +232,10 @@ struct Winograd {
 
   // sums[s][row][column] over `rows` tiles, panel by panel of `width` columns; see panel_of. The points of
   // elements [k0, k0 + kDepth) begin at v + k0 / kDepth * v_chunk. A chunk of the points stays in the cache
-  // while all panels use it; the weights pass by once.
+  // while all panels use it; the weights pass by once. Rows of a product fetch from `ahead`.
   template <class U>
   void multiply(const float* v, int64_t v_chunk, int64_t lda, int64_t v_point, int rows, const U* u,
-                int64_t u_point, int width, float* sums, int64_t sum_stride) const {
+                int64_t u_point, int width, float* sums, int64_t sum_stride, Ahead& ahead) const {
 #pragma GCC unroll 1
     for (int i = 0; i < S::kPoints; ++i) {
 #pragma GCC unroll 1
@@ -254,9 +255,11 @@ struct Winograd {
             const U* next = !last ? weights : point + 1 < kPoints2 ? u + (point + 1) * u_point : now;
             const auto* from =
                 reinterpret_cast<const Factor<U>*>(v) + k0 / kDepth * v_chunk + point * v_point;
-            gemm_panel(
-                vectors, rows, [=](int m) { return from + m * lda; }, now, sum, kPanel, k, !fresh || k0 > 0,
-                next);
+            auto row = [&](int m) {
+              if (m % kFetchRows == 0) ahead.fetch();
+              return from + m * lda;
+            };
+            gemm_panel(vectors, rows, row, now, sum, kPanel, k, !fresh || k0 > 0, next);
           }
         }
       }
@@ -350,43 +353,40 @@ struct Winograd {
     tile_rows(sums, sum_stride, [&](int y, int x, Vec v) { tile[y * S::kStepOut + x] = v; });
   }
 
-  // A whole tile, a cache line of channels, which are innermost.
+  // A whole tile of kCount vectors of channels, which are innermost. `sums` are of the tile.
   static constexpr int kLine = min2(16 / kLanes, kPanelVectors);
-  template <class T>
-  void store_line(int64_t image, int ty, int tx, int c, const float* sums, int64_t sum_stride,
-                  const Vec* bias, Moments* moments, bool streaming) const {
+  template <class T, int kCount, bool kStream>
+  void store_line(int64_t image, int ty, int tx, int c0, int c, const float* sums, int64_t sum_stride,
+                  const Vec* bias, Moments* moments) const {
     constexpr int kStep = S::kStepOut;
-    Vec tile[kStep * kStep * kLine];
+    Vec tile[kStep * kStep * kCount];
 #pragma GCC unroll 4
-    for (int v = 0; v < kLine; ++v) {
+    for (int v = 0; v < kCount; ++v) {
       const Vec b = bias[v];
       Vec shift = moments[v].shift, sum{}, squares{};
       const bool first = moments[v].count == 0;
-      tile_rows(sums + v * kLanes, sum_stride, [&](int y, int x, Vec raw) {
+      tile_rows(panel_of(sums, c + v * kLanes, sum_stride), sum_stride, [&](int y, int x, Vec raw) {
         const Vec value = raw + b;
         if (first && y == 0 && x == 0) shift = value;
         const Vec d = value - shift;
         sum += d;
         squares += d * d;
-        tile[(y * kStep + x) * kLine + v] = value;
+        tile[(y * kStep + x) * kCount + v] = value;
       });
       moments[v].add_sums(shift, sum, squares, kStep * kStep);
     }
-    T* base = tile_at<T>(image, ty, tx) + c;
-    auto each = [&](auto&& put) __attribute__((always_inline)) {
-      for (int y = 0; y < kStep; ++y) {
-        T* to = base + y * args.out.row_stride;
+    T* base = tile_at<T>(image, ty, tx) + c0 + c;
+    for (int y = 0; y < kStep; ++y) {
+      T* to = base + y * args.out.row_stride;
 #pragma GCC unroll 4
-        for (int x = 0; x < kStep; ++x, to += args.out.pixel_stride) {
+      for (int x = 0; x < kStep; ++x, to += args.out.pixel_stride) {
 #pragma GCC unroll 4
-          for (int v = 0; v < kLine; ++v) put(to + v * kLanes, tile[(y * kStep + x) * kLine + v]);
+        for (int v = 0; v < kCount; ++v) {
+          const Vec value = finish_in_tile(tile[(y * kStep + x) * kCount + v], args.act, args.slope);
+          kStream ? stream(to + v * kLanes, value) : store(to + v * kLanes, value);
         }
       }
-    };
-    if constexpr (sizeof(T) == 4) {
-      if (streaming) return each([&](T* to, Vec v) { stream(to, finish_in_tile(v, args.act, args.slope)); });
     }
-    each([&](T* to, Vec v) { store(to, finish_in_tile(v, args.act, args.slope)); });
   }
 
   // Stores tiles [first, first + count) of an image and their statistics as part `part`.
@@ -412,12 +412,17 @@ struct Winograd {
             plain && (ty + 1) * S::kStepOut <= args.out_height && (tx + 1) * S::kStepOut <= args.out_width;
         for (int v = 0; v < vectors;) {
           const int c = g + v * kLanes;
-          const float* from = panel_of(sums, c, sum_stride) + t * kPanel;
-          if (whole && v + kLine <= vectors) {
-            store_line<T>(image, ty, tx, c0 + c, from, sum_stride, bias + v, moments + v, streaming);
+          const float* tile_sums = sums + t * kPanel;
+          constexpr int kWhole = kLineVectors<T>;
+          if (whole && streaming && v + kWhole <= vectors && (c0 + c) % (kWhole * kLanes) == 0) {
+            store_line<T, kWhole, true>(image, ty, tx, c0, c, tile_sums, sum_stride, bias + v, moments + v);
+            v += kWhole;
+          } else if (whole && v + kLine <= vectors) {
+            store_line<T, kLine, false>(image, ty, tx, c0, c, tile_sums, sum_stride, bias + v, moments + v);
             v += kLine;
           } else {
-            store_tile<T>(image, ty, tx, c0 + c, from, sum_stride, bias[v], moments[v]);
+            store_tile<T>(image, ty, tx, c0 + c, panel_of(tile_sums, c, sum_stride), sum_stride, bias[v],
+                          moments[v]);
             ++v;
           }
         }
@@ -490,13 +495,14 @@ struct Winograd {
     parallel_for(args.images * per_image, [&](int64_t task, int worker) {
       const int64_t image = task / per_image, block = task % per_image, first = block * block_tiles();
       const int count = static_cast<int>(min2<int64_t>(block_tiles(), tiles - first));
-      run_block(static_cast<char*>(args.workspace) + worker * share, image, first, count, block, per_image);
+      run_block(static_cast<char*>(args.workspace) + worker * share, image, first, count, tiles, block,
+                per_image);
     });
   }
 
   // Tiles [first, first + count) of an image, at most block_tiles() of them, as part `part` of its
-  // statistics.
-  void run_block(char* workspace, int64_t image, int64_t first, int count, int64_t part,
+  // statistics. `end` is where the image's tiles end.
+  void run_block(char* workspace, int64_t image, int64_t first, int count, int64_t end, int64_t part,
                  int64_t parts) const {
     Carver carver{workspace};
     const BlockScratch scratch = carve_block(carver);
@@ -506,17 +512,36 @@ struct Winograd {
         transform_any_input(image, ty, tx, n, c0, min2(kChunk, channels - c0), scratch.window,
                             scratch.v + at * block_lda + elements(args, c0), block_lda, v_stride);
     });
+    const int64_t products = kPoints2 * ceil_div(out_channels, kPanel) * ceil_div(depth, kDepth);
+    Ahead ahead = next_windows(image, first, end, products * ceil_div(count, kFetchRows));
     for (int c0 = 0; c0 < out_channels; c0 += block_group()) {
       const int width = min2(block_group(), out_channels - c0);
       with_packed(args, [&]<class U>() {
         multiply(scratch.v, kDepth, block_lda, v_stride, count,
                  reinterpret_cast<const U*>(args.packed) + static_cast<int64_t>(c0) * depth,
-                 static_cast<int64_t>(depth) * out_channels, width, scratch.sums, sums_stride);
+                 static_cast<int64_t>(depth) * out_channels, width, scratch.sums, sums_stride, ahead);
       });
       store_any_tiles(image, first, count, c0, width, scratch.sums, sums_stride, part, parts);
     }
   }
   static constexpr int kDepth = 256;  // elements that a product accumulates in registers
+
+  // What a thread will read after the block at tile `first`: the others are at the blocks before that one.
+  Ahead next_windows(int64_t image, int64_t first, int64_t end, int64_t calls) const {
+    Ahead ahead;
+    const int64_t next = first + p2pfast::num_threads() * static_cast<int64_t>(block_tiles());
+    if (next < end) {
+      for_pieces(next, min2<int64_t>(block_tiles(), end - next), [&](int ty, int tx, int n, int64_t) {
+        for (int y = 0; y < S::kWindow; ++y)
+          ahead.add(args, image, S::kStepIn * ty + S::origin(args.pad_top) + y,
+                    S::kStepIn * tx + S::origin(args.pad_left), S::kStepIn * (n - 1) + S::kWindow);
+      });
+    }
+    ahead.share_among(calls, kAheadLines);
+    return ahead;
+  }
+  static constexpr int64_t kAheadLines = 8192;
+  static constexpr int kFetchRows = 8;  // of a product, for one share of the lines
 
   // --- driver 2: many tiles at once, output channels among the threads ----------------------------
 
@@ -623,10 +648,11 @@ struct Winograd {
             });
           });
         } else {
+          Ahead nothing;
           with_packed(args, [&]<class U>() {
             multiply(v, kPoints2 * v_stride, lda, v_stride, count,
                      reinterpret_cast<const U*>(args.packed) + static_cast<int64_t>(c) * depth,
-                     static_cast<int64_t>(depth) * out_channels, width, scratch.sums, sums_stride);
+                     static_cast<int64_t>(depth) * out_channels, width, scratch.sums, sums_stride, nothing);
           });
         }
         for (int64_t part = begin; part < end; part += kGroup) {

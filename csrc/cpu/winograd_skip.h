@@ -119,7 +119,8 @@ struct Skipping {
       if (args.partial) args.count[part] = 0.0f;
       return;
     }
-    w.run_block(workspace, image, first, static_cast<int>(count), task, parts());
+    w.run_block(workspace, image, first, static_cast<int>(count), slot < 0 ? counts.listed : 0, task,
+                parts());
     if (!args.partial || slot < 0) return;
     const float copies = static_cast<float>(counts.copies[slot]);
     args.count[part] *= copies;
@@ -136,8 +137,7 @@ struct Skipping {
     const int64_t row = size * args.out.row_stride, pixel = size * args.out.pixel_stride;
     // The last pixel may have no padding lanes.
     const size_t bytes = static_cast<size_t>((S::kStepOut - 1) * pixel + size * args.out_channels);
-    const bool streaming =
-        size == 4 && streams(args) && args.out.pixel_stride == round_up(args.out_channels, 16);
+    const bool streaming = streams(args) && args.out.pixel_stride == round_up(args.out_channels, 16);
     for (int tx = 0; tx < tiling.tiles_x; ++tx) {
       if (slot[tx] == kNone) continue;
       const int64_t from = first[slot[tx]];
@@ -150,10 +150,10 @@ struct Skipping {
           std::memcpy(to + y * row, source + y * row, bytes);
           continue;
         }
+        // Two bfloat16 values are copied as one float.
         const float* values = reinterpret_cast<const float*>(source + y * row);
         float* line = reinterpret_cast<float*>(to + y * row);
-        for (int64_t i = 0; i < S::kStepOut * args.out.pixel_stride; i += kLanes)
-          stream(line + i, load(values + i));
+        for (int64_t i = 0; i < S::kStepOut * pixel / 4; i += kLanes) stream(line + i, load(values + i));
       }
     }
     if (streaming) finish_streams();
