@@ -32,7 +32,7 @@ class Ahead {
     share_ = ceil_div(lines_, calls);
   }
   // Its share of the lines; what was added last comes first.
-  P2PFAST_INLINE void fetch() {
+  __attribute__((noinline)) void fetch() {
     for (int64_t left = share_; left > 0 && runs_ > 0;) {
       Run& run = run_[runs_ - 1];
       const int64_t n = min2(left, run.lines);

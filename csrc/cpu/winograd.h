@@ -197,8 +197,9 @@ struct Winograd {
 
   // The same with strides in values.
   template <class V>
-  void transform_input(int64_t image, int tile_y, int tile_x, int count, int c0, int n, float* window, V* v,
-                       int64_t lda, int64_t point_stride) const {
+  __attribute__((noinline)) void transform_input(int64_t image, int tile_y, int tile_x, int count, int c0,
+                                                 int n, float* window, V* v, int64_t lda,
+                                                 int64_t point_stride) const {
     const int columns = S::kStepIn * (count - 1) + S::kWindow;
     const int64_t to_row = static_cast<int64_t>(columns) * n;
     gather(args, image, S::kStepIn * tile_y + S::origin(args.pad_top), S::kWindow,

@@ -34,7 +34,7 @@ _EFFICIENCY = (0.85, 0.7, 0.8, 0.6, 0.7, 0.5, 0.6)
 # Products of bfloat16 pairs against those of float32, where the processor has instructions for them.
 _PAIRS_SPEEDUP = 1.8
 
-_TRIALS = 2  # one more whenever trials, candidates or what they pack change: older choices no longer hold
+_TRIALS = 3  # one more whenever trials, candidates or what they pack change: older choices no longer hold
 _TUNING_MULTIPLICATIONS = 0.6e9  # of one timed run, as a convolution is defined
 _TUNING_CHANNELS = 128  # outputs that a run keeps at least: enough panels for every thread
 _TUNING_SECONDS = 0.1  # for repeating what is close

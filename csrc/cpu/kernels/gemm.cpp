@@ -12,12 +12,13 @@ __attribute__((aligned(64))) void gemm_micro(const A* const* rows, const B* b, f
   const A* a[kRows];
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) a[m] = rows[m];
-  Vec acc[kRows][kVectors];
+  // What was summed before is added at the end: by then it has come from the L2 cache.
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 16
-    for (int n = 0; n < kVectors; ++n) acc[m][n] = accumulate ? load(c + m * ldc + n * kLanes) : Vec{};
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors * kLanes; n += 16) __builtin_prefetch(c + m * ldc + n, 1, 3);
   }
+  Vec acc[kRows][kVectors] = {};
   auto advance = [&](int i) {
     decltype(load(b)) row[kVectors];
 #pragma GCC unroll 16
@@ -39,6 +40,13 @@ __attribute__((aligned(64))) void gemm_micro(const A* const* rows, const B* b, f
     for (int u = 0; u < 4; ++u) advance(i + u);
   }
   for (; i < k; ++i) advance(i);
+  if (accumulate) {
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 16
+      for (int n = 0; n < kVectors; ++n) acc[m][n] += load(c + m * ldc + n * kLanes);
+    }
+  }
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 16
