@@ -358,6 +358,16 @@ def test_layouts_and_dtypes(cpu_level: str, buffers: Alloc, case: Case, algorith
                 check(layer, algorithm, layer.run(algorithm))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("algorithm", ["direct", "winograd", "winograd2", "winograd6"])
+def test_outputs_that_go_past_the_caches(
+    cpu_level: str, buffers: Alloc, algorithm: str, dtype: torch.dtype
+) -> None:
+    case = Case(1, 301, 470, (3,), 64, 3, padding=1, padding_mode="reflect", dtype=dtype, block=40)
+    layer = Layer(case, buffers)
+    check(layer, algorithm, layer.run(algorithm))
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_activations(cpu_level: str, buffers: Alloc, algorithm: str) -> None:
     for act in ("relu", "leaky_relu", "tanh", "sigmoid", "elu", "silu", "gelu"):
