@@ -46,8 +46,8 @@ P2PFAST_INLINE Vec splat(float x) { return x - (Vec){}; }
 P2PFAST_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
 P2PFAST_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
 
-// v, in a register of AVX-512: else GCC reads it from memory again for each of its uses, which takes as long as two
-// reads where it lies across two cache lines.
+// v, in a register of AVX-512: else GCC reads it from memory again for each of its uses, which takes as long
+// as two reads where it lies across two cache lines.
 P2PFAST_INLINE Vec held(Vec v) {
 #if defined(__AVX512F__)
   asm("" : "+v"(v));
