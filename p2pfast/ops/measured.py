@@ -31,7 +31,7 @@ from p2pfast.ops.gpu.capture import in_capture
 
 T = TypeVar("T")
 
-_REPEATS = 2  # timed runs of each way after one to warm up; the least counts
+_REPEATS = 3  # timed runs of each way after one to warm up; the least counts
 _SPINNING = 0.02  # seconds of a run that threads left spinning before it can delay noticeably
 _LONG = 1.0  # seconds of a run beside which what only a first run does is small
 _MOST_REPEATS = 20
@@ -159,7 +159,7 @@ def _ready(ways: tuple[Callable[[], object], ...], device: torch.device) -> tupl
 
 def _seconds(ways: tuple[Callable[[], object], ...], seconds: float) -> list[float]:
     """The least time of each way, over rounds that take them in turn: other programs disturb all alike. Those
-    far behind after a round take no part in the next.
+    far behind take no part in the next; of short ways after two rounds, as one may have met a busy moment.
 
     Of short ways the second of two runs is timed, as they are called in use: threads of the way before may
     still be spinning in the first. Of long ways the first counts: it says enough of those that are many times
@@ -168,7 +168,8 @@ def _seconds(ways: tuple[Callable[[], object], ...], seconds: float) -> list[flo
     best, begin, done = [float("inf")] * len(ways), time.perf_counter(), 0
     while done < _REPEATS or (time.perf_counter() - begin < seconds * len(ways) and done < _MOST_REPEATS):
         for i, way in enumerate(ways):
-            if done and best[i] > _FAR_BEHIND * min(best):
+            settled = done > 1 or (done > 0 and best[i] >= _SPINNING)
+            if settled and best[i] > _FAR_BEHIND * min(best):
                 continue
             start = time.perf_counter()
             way()
