@@ -2,9 +2,9 @@
 
     python benchmarks/layers.py pix2pixhd-local:2048x1024 [--dtype bfloat16] [--runs 5]
 
-The floor of a group is the longer of two times: its arithmetic, as really done, at the speed of a large
-matrix product, and the bytes it reads and writes at the speed of a copy; both measured here. Layers whose
-regions of one label are copied do less arithmetic than counted. Prints Markdown.
+The floor of a group is the longer of two times: its arithmetic, as really done, at the speed of the matrix
+kernel on operands in the caches, and the bytes it reads and writes at the speed of a copy; both measured
+here. Layers whose regions of one label are copied do less arithmetic than counted. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def main() -> None:
     total = Group()
     floors = 0.0
     for (detail, kernel), group in groups(options.case, getattr(torch, options.dtype), options.runs).items():
-        floor = max(group.operations / (peak.gflops * 1e9), group.bytes / (peak.gb_per_s * 1e9))
+        gflops = peak.pairs_gflops if "pairs" in kernel else peak.gflops
+        floor = max(group.operations / (gflops * 1e9), group.bytes / (peak.gb_per_s * 1e9))
         times = f"{group.layers} × " if group.layers > 1 else ""
         cells = (f"{group.seconds * 1e3:.1f}", f"{floor * 1e3:.1f}", f"{floor / group.seconds:.0%}")
         print(f"| {times}{detail} | {kernel} | " + " | ".join(cells) + " |")

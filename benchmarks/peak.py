@@ -15,10 +15,12 @@ from p2pfast.runtime.peak import peak_gigaflops
 
 @dataclass(frozen=True)
 class Peak:
-    """gflops: float32 operations (two a multiplication) of the matrix kernel on operands in the caches;
+    """gflops: float32 operations (two a multiplication) of the matrix kernel on operands in the caches,
+    pairs_gflops: of bfloat16 pairs;
     gb_per_s: of a copy, bytes read and written, far larger than the caches."""
 
     gflops: float
+    pairs_gflops: float
     gb_per_s: float
 
 
@@ -48,5 +50,6 @@ def measure() -> Peak:
     target = torch.empty_like(source)
     return Peak(
         gflops=peak_gigaflops(),
+        pairs_gflops=peak_gigaflops(pairs=True),
         gb_per_s=2e-9 * source.nbytes / best(lambda: target.copy_(source)),
     )

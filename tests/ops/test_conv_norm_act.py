@@ -337,6 +337,39 @@ def test_a_backward_pass_within_autocast(number: int, monkeypatch: pytest.Monkey
     assert all(torch.equal(a, b) for a, b in zip(within, outside, strict=True))
 
 
+NARROW: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
+    ((1, 33, 12, 1), (33, 15, 3, 3), {"stride": 2, "padding": 1, "transposed": True}),
+    ((1, 5, 4, 2), (16, 5, 4, 4), {"stride": 3, "padding": 1}),
+    ((2, 20, 1, 1), (18, 20, 3, 3), {"padding": 1}),
+    ((1, 64, 2, 2), (32, 64, 4, 4), {"stride": 2, "padding": 1}),
+]
+
+
+@pytest.mark.parametrize(("size", "weights", "options"), NARROW)
+def test_images_smaller_than_the_kernel(
+    size: tuple[int, ...], weights: tuple[int, ...], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of taps that see nothing but padding are zero, whichever way is chosen."""
+    monkeypatch.setattr(convolution, "library_has_bfloat16", lambda: True)
+
+    def every(key: object, *ways: Callable[[], Tensor], device: object = None) -> Tensor:
+        results = [way() for way in ways]
+        for result in results:
+            assert (result - results[-1]).abs().max() <= 2e-2 * results[-1].abs().max()
+        return results[-1]
+
+    monkeypatch.setattr(convolution, "fastest", every)
+    x = torch.randn(size).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(weights).bfloat16().requires_grad_()
+    y = conv_norm_act(x, weight, **options)
+    grad = torch.randn_like(y)
+    found = torch.autograd.grad(y, (x, weight), grad)
+    exact = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    expected = torch.autograd.grad(conv_norm_act_reference(*exact, **options), exact, grad.double())
+    for got, wanted in zip(found, expected, strict=True):
+        assert (got - wanted).abs().max() <= 2e-2 * wanted.abs().max()
+
+
 @pytest.mark.parametrize("number", range(len(LAYERS)))
 def test_every_way_in_bfloat16(number: int, monkeypatch: pytest.MonkeyPatch, cpu_level: str) -> None:
     """Whichever is chosen, at most twice PyTorch's error in bfloat16; products of pairs among them."""

@@ -49,6 +49,11 @@ def _readable(weight: Tensor, x: Tensor) -> Tensor:
     return weight if as_it_is else weight.to(x.dtype)
 
 
+def _narrow(a: Sequence[int], b: Sequence[int], weight: Tensor) -> bool:
+    """Whether images of size a or b, the convolution's ends, are smaller than its kernel."""
+    return min(*a[2:], *b[2:]) < max(weight.shape[2:])
+
+
 def _named(name: str, run: Callable[[str], Tensor]) -> Callable[[], Tensor]:
     def way() -> Tensor:
         return run(name)
@@ -58,14 +63,19 @@ def _named(name: str, run: Callable[[str], Tensor]) -> Callable[[], Tensor]:
 
 
 def _ways(
-    library: Sequence[Callable[[], Tensor]], names: Sequence[str], own: Callable[[str], Tensor], x: Tensor
+    library: Sequence[Callable[[], Tensor]],
+    names: Sequence[str],
+    own: Callable[[str], Tensor],
+    x: Tensor,
+    narrow: bool,
 ) -> list[Callable[[], Tensor]]:
     """The library's and the own kernels' for operands like x, the one to take without measuring last."""
     ways = [_named(name, own) for name in names]
     if x.device.type != "cpu":
         return [*ways, *library]
-    # Without a convolution of its own for the dtype PyTorch takes seconds for one: not worth a try.
-    if ways and x.dtype == torch.bfloat16 and not library_has_bfloat16():
+    # Without a convolution of its own for the dtype PyTorch takes seconds for one: not worth a try. With one,
+    # oneDNN 3.12 leaves gradients of taps that see only padding unwritten, in channels_last.
+    if ways and x.dtype == torch.bfloat16 and (narrow or not library_has_bfloat16()):
         return ways
     return [*library, *ways]
 
@@ -109,7 +119,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) 
 
     shape, kernels = _out_shape(x, weight, g), _own(x)
     names = kernels.convolutions(x, weight, shape, g) if kernels else []
-    ways = _ways([library], names, own, x)
+    ways = _ways([library], names, own, x, _narrow(x.shape, shape, weight))
     return fastest(_key("forward", x, weight, g), *ways, device=_device(x))
 
 
@@ -159,7 +169,7 @@ def weight_gradient_ways(
     names = kernels.weight_gradients(still, windows, weight, g) if kernels else []
     planar = grad.device.type != "cpu" or not (in_channels_last(grad) or in_channels_last(x))
     ways = [library] if planar else [library, planes]
-    return _ways(ways, names, own, grad)
+    return _ways(ways, names, own, grad, _narrow(x.shape, grad.shape, weight))
 
 
 def _library_backward(grad: Tensor, source: Tensor, weight: Tensor, g: Geometry, which: int) -> Tensor:
@@ -235,7 +245,7 @@ def data_gradient_ways(
     names = kernels.convolutions(grad, weight, shape, same) if kernels else []
     several = grad.device.type == "cpu" and names and not grad.is_contiguous()
     ways = [library, planes] if several else [library]
-    return _ways(ways, names, own, grad)
+    return _ways(ways, names, own, grad, _narrow(size, grad.shape, weight))
 
 
 def _can_turn(grad: Tensor, weight: Tensor, g: Geometry, shape: tuple[int, ...]) -> bool:

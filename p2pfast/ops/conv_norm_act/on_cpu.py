@@ -14,6 +14,7 @@ _LARGEST_KERNEL = 16
 _LARGEST_UP_STRIDE = 4
 _MOST_FOLDED = 64  # columns of the thin kernel's product
 _PAIRS = ", pairs"
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _multiplies_pairs(x: Tensor) -> bool:
@@ -26,7 +27,7 @@ def convolutions(
     """Algorithms for ``convolve``, the safest choice last."""
     g, kernel, channels = geometry, tuple(weight.shape[2:]), x.shape[1]
     outputs, pixels = shape[1], shape[0] * shape[2] * shape[3]
-    if not in_channels_last(x) or max(kernel) > _LARGEST_KERNEL:
+    if x.dtype not in _DTYPES or not in_channels_last(x) or max(kernel) > _LARGEST_KERNEL:
         return []
     if g.transposed and (g.stride > _LARGEST_UP_STRIDE or g.padding >= min(kernel)):
         return []
@@ -74,7 +75,7 @@ def weight_gradients(still: Tensor, windows: Tensor, weight: Tensor, geometry: G
     """Algorithms for ``gradient_of_weight``; its first two arguments."""
     if not (in_channels_last(still) and in_channels_last(windows)):
         return []
-    if still.dtype != windows.dtype:
+    if still.dtype != windows.dtype or still.dtype not in _DTYPES:
         return []
     minimal = tuple(weight.shape[2:]) in ((3, 3), (4, 4)) and geometry.stride <= 2
     pixels = still.shape[0] * still.shape[2] * still.shape[3]
@@ -105,6 +106,6 @@ def gradient_of_weight(
             the input.
         windows: the other of the two.
     """
-    written = dtype if dtype in (torch.float32, torch.bfloat16) else None
+    written = dtype if dtype in _DTYPES else None
     numbers = kernel, geometry.stride, geometry.padding, geometry.padding_mode
     return weight_gradient(still, windows, *numbers, name, written)

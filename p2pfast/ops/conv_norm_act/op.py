@@ -91,8 +91,7 @@ def conv_norm_act(
     the CPU, and float16 too on a GPU, where convolutions and their gradients are cuDNN's or Triton's, as
     measured, and the norm's passes Triton's. Other dtypes, gelu on the CPU, and everything under
     torch.compile run the same through PyTorch's autograd. Under autocast the convolution's operands are
-    lowered, statistics are not; the weight is lowered once more in the backward pass, so that no copy of it
-    is kept.
+    lowered, statistics are not; of the weight no lowered copy is kept.
 
     Args:
         x: (N, C, H, W). The fused path takes it as channels_last (a copy, if it is not).

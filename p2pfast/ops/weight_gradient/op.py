@@ -34,7 +34,7 @@ def weight_gradient(
         grad: (N, Cout, H', W'), channels_last, float32 or bfloat16.
         x: (N, C, H, W), of grad's dtype, as it is before the padding.
         kernel, stride, padding, padding_mode: of the convolution.
-        algorithm: ``"minimal"`` (3×3 and 4×4, stride 1 and 2), ``"taps"`` (few pixels) ``"rows"`` (few
+        algorithm: ``"minimal"`` (3×3 and 4×4, stride 1 and 2), ``"taps"`` (few pixels), ``"rows"`` (few
             channels) or ``"pairs"`` (the same by products of bfloat16 pairs, for bfloat16).
         dtype: of the result, float32 or bfloat16; None takes grad's.
 
