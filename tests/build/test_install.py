@@ -36,6 +36,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "borrowed",
         "instance_edges",
         "runtime",
+        "peak",
+        "gemm",
         "simd",
         "bindings",
         "check",
