@@ -324,15 +324,36 @@ WeightGradientArgs read_weight_gradient(const py::dict& dict) {
   return a;
 }
 
-const WeightGradientKernel& weight_gradient_kernel(int algorithm, const WeightGradientArgs& args) {
+// With `complete` also its addresses are looked at; without, only sizes can be asked for.
+WeightGradientStep read_weight_gradient_step(int algorithm, const py::dict& dict, uint64_t result, int dtype,
+                                             bool complete) {
   if (algorithm < 0 || algorithm >= kWeightGradientAlgorithms)
     throw std::invalid_argument("algorithm is " + std::to_string(algorithm) + "; it must be below " +
                                 std::to_string(kWeightGradientAlgorithms));
-  const auto& kernel = weight_gradient_kernel(static_cast<WeightGradientAlgorithm>(algorithm));
-  if (args.conv.transposed)
+  if (dtype != 0 && dtype != 1)
+    throw std::invalid_argument("result_dtype is " + std::to_string(dtype) + "; it must be 0 or 1");
+  WeightGradientStep step{read_weight_gradient(dict), static_cast<WeightGradientAlgorithm>(algorithm)};
+  WeightGradientArgs& a = step.args;
+  a.out = reinterpret_cast<void*>(result);
+  a.out_dtype = static_cast<DType>(dtype);
+  a.workspace = a.conv.workspace;
+  if (a.conv.transposed)
     throw std::invalid_argument("transposed is true; exchange the input and the gradient instead");
-  if (const char* reason = kernel.refuses(args)) throw std::invalid_argument(reason);
-  return kernel;
+  if (const char* reason = weight_gradient_kernel(step.algorithm).refuses(a))
+    throw std::invalid_argument(reason);
+  bool given = a.out && a.workspace && a.grad.data;
+  for (int i = 0; i < a.conv.sources; ++i) given = given && a.conv.source[i].data;
+  if (complete && !given) throw std::invalid_argument("data, out, workspace and result need an address");
+  return step;
+}
+
+PackStep read_pack_step(int algorithm, const py::dict& dict, uint64_t packed) {
+  PackStep step{read_conv(dict), read_algorithm(algorithm), reinterpret_cast<float*>(packed)};
+  const ConvKernel& kernel = conv_kernel(step.algorithm);
+  if (const char* reason = kernel.refuses(step.args)) throw std::invalid_argument(reason);
+  if (kernel.packed_floats(step.args) > 0 && (!step.args.weight || !packed))
+    throw std::invalid_argument("weight and packed need an address");
+  return step;
 }
 
 void run_now(Step step) {
@@ -348,41 +369,17 @@ void bind_program(py::module_& m) {
   m.def(
       "conv_pack",
       [](int algorithm, const py::dict& dict, uint64_t packed) {
-        const ConvArgs args = read_conv(dict);
-        const ConvKernel& kernel = conv_kernel(read_algorithm(algorithm));
-        if (const char* reason = kernel.refuses(args)) throw std::invalid_argument(reason);
-        if (kernel.packed_floats(args) == 0) return;
-        if (!args.weight || !packed) throw std::invalid_argument("weight and packed need an address");
-        py::gil_scoped_release release;
-        kernel.pack(args, reinterpret_cast<float*>(packed));
+        const PackStep step = read_pack_step(algorithm, dict, packed);
+        if (conv_kernel(step.algorithm).packed_floats(step.args) > 0) run_now(step);
       },
       py::arg("algorithm"), py::arg("args"), py::arg("packed"));
   m.def(
       "weight_gradient_workspace",
       [](int algorithm, const py::dict& dict) {
-        const WeightGradientArgs args = read_weight_gradient(dict);
-        return weight_gradient_kernel(algorithm, args).workspace_bytes(args, num_threads());
+        const WeightGradientStep step = read_weight_gradient_step(algorithm, dict, 0, 0, false);
+        return weight_gradient_kernel(step.algorithm).workspace_bytes(step.args, num_threads());
       },
       py::arg("algorithm"), py::arg("args"));
-  m.def(
-      "run_weight_gradient",
-      [](int algorithm, const py::dict& dict, uint64_t result, int result_dtype) {
-        WeightGradientArgs args = read_weight_gradient(dict);
-        args.out = reinterpret_cast<void*>(result);
-        args.workspace = args.conv.workspace;
-        if (result_dtype != 0 && result_dtype != 1)
-          throw std::invalid_argument("result_dtype is " + std::to_string(result_dtype) +
-                                      "; it must be 0 or 1");
-        args.out_dtype = static_cast<DType>(result_dtype);
-        const WeightGradientKernel& kernel = weight_gradient_kernel(algorithm, args);
-        bool complete = args.out && args.workspace && args.grad.data;
-        for (int i = 0; i < args.conv.sources; ++i) complete = complete && args.conv.source[i].data;
-        if (!complete) throw std::invalid_argument("data, out, workspace and result need an address");
-        py::gil_scoped_release release;
-        kernel.run(args);
-      },
-      py::arg("algorithm"), py::arg("args"), py::arg("result"), py::arg("result_dtype") = 0,
-      "Writes the weights' gradient of a convolution whose `out` holds the output's gradient.");
   m.def(
       "run_conv", [](int algorithm, const py::dict& dict) { run_now(read_conv_step(algorithm, dict)); },
       py::arg("algorithm"), py::arg("args"), "Runs one convolution with real addresses.");
@@ -406,6 +403,15 @@ void bind_program(py::module_& m) {
       .def("__len__", &Program::size)
       .def("conv",
            [](Program& p, int algorithm, const py::dict& d) { return p.add(read_conv_step(algorithm, d)); })
+      .def("pack", [](Program& p, int algorithm, const py::dict& d,
+                      uint64_t packed) { return p.add(read_pack_step(algorithm, d, packed)); })
+      .def(
+          "weight_gradient",
+          [](Program& p, int algorithm, const py::dict& d, uint64_t result, int dtype) {
+            return p.add(read_weight_gradient_step(algorithm, d, result, dtype, true));
+          },
+          py::arg("algorithm"), py::arg("args"), py::arg("result"), py::arg("result_dtype"),
+          "Writes the weights' gradient of a convolution whose `out` holds the output's gradient.")
       .def("statistics", [](Program& p, const py::dict& d) { return p.add(read_statistics(d, true)); })
       .def("merge", [](Program& p, const py::dict& d) { return p.add(read_merge(d)); })
       .def("apply", [](Program& p, const py::dict& d) { return p.add(read_apply(d)); })

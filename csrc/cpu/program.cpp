@@ -47,8 +47,7 @@ struct Binder {
   }
 };
 
-void bind(ConvStep& step, const Binder& to) {
-  ConvArgs& a = step.args;
+void bind(ConvArgs& a, const Binder& to) {
   for (Source& source : a.source) to(source);
   to(a.weight);
   to(a.packed);
@@ -59,6 +58,17 @@ void bind(ConvStep& step, const Binder& to) {
   to(a.workspace);
   to(a.uniform);
   to(a.out_uniform);
+}
+void bind(ConvStep& step, const Binder& to) { bind(step.args, to); }
+void bind(PackStep& step, const Binder& to) {
+  bind(step.args, to);
+  to(step.packed);
+}
+void bind(WeightGradientStep& step, const Binder& to) {
+  bind(step.args.conv, to);
+  to(step.args.grad);
+  to(step.args.out);
+  to(step.args.workspace);
 }
 void bind(StatisticsArgs& a, const Binder& to) {
   to(a.source);
@@ -100,6 +110,8 @@ void bind(InstanceEdges& a, const Binder& to) {
 }
 
 void run(const ConvStep& step) { conv_kernel(step.algorithm).run(step.args); }
+void run(const PackStep& step) { conv_kernel(step.algorithm).pack(step.args, step.packed); }
+void run(const WeightGradientStep& step) { weight_gradient_kernel(step.algorithm).run(step.args); }
 void run(const StatisticsArgs& args) { norm_kernels().statistics(args); }
 void run(const MergeArgs& args) { norm_kernels().merge(args); }
 void run(const ApplyArgs& args) { norm_kernels().apply(args); }

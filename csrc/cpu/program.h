@@ -11,6 +11,7 @@
 #include "cpu/instance_edges.h"
 #include "cpu/label_conv.h"
 #include "cpu/norm.h"
+#include "cpu/weight_gradient.h"
 
 namespace p2pfast {
 
@@ -24,6 +25,18 @@ struct ConvStep {
   ConvAlgorithm algorithm;
 };
 
+// Packs a convolution's weights.
+struct PackStep {
+  ConvArgs args;
+  ConvAlgorithm algorithm;
+  float* packed;
+};
+
+struct WeightGradientStep {
+  WeightGradientArgs args;
+  WeightGradientAlgorithm algorithm;
+};
+
 // Throws std::invalid_argument naming the field whose value no kernel can take.
 void check(const ConvArgs& args);
 void check(const StatisticsArgs& args);
@@ -31,8 +44,8 @@ void check(const MergeArgs& args);
 void check(const ApplyArgs& args);
 void check(const PoolArgs& args);
 
-using Step =
-    std::variant<ConvStep, StatisticsArgs, MergeArgs, ApplyArgs, PoolArgs, LabelConvArgs, InstanceEdges>;
+using Step = std::variant<ConvStep, StatisticsArgs, MergeArgs, ApplyArgs, PoolArgs, LabelConvArgs,
+                          InstanceEdges, PackStep, WeightGradientStep>;
 
 class Program {
  public:

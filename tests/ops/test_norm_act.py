@@ -159,18 +159,20 @@ def test_nothing_is_written_outside(cpu_level: str, buffers: Any) -> None:
         x, dy, residual, dx, dresidual = (buffers(images, channels, pixels) for _ in range(5))
         for t in (x, dy, residual):
             t.normal_()
-        mean, rstd, dweight, dbias = (buffers(images, channels) for _ in range(4))
-        partial = buffers(images, -(-pixels // _C.norm_band), 2, channels)
-        mean.zero_()
-        rstd.fill_(1.0)
-        names = {"x": x, "dy": dy, "residual": residual, "out": dx, "dresidual": dresidual, "mean": mean}
-        names |= {"rstd": rstd, "dweight": dweight, "dbias": dbias, "partial": partial}
+        mean, variance = buffers(images, channels), buffers(images, channels)
+        dweight, dbias = buffers(channels), buffers(channels)
+        common = {"residual": residual, "mean": mean, "variance": variance}
         sizes = {"images": images, "channels": channels, "pixels": pixels}
-        _C.norm_act(
-            backward=True, planes=planes, dtype=0, over_batch=False, frozen=False, act=1, **sizes,
-            **{k: t.data_ptr() for k, t in names.items()},
-        )  # fmt: skip
-        assert not any(t.isnan().any() for t in (dx, dresidual, dweight, dbias))
+        sizes |= {"planes": planes, "dtype": 0, "over_batch": False, "frozen": False, "act": 1}
+        for backward, tensors in (
+            (False, {"x": x, "out": dx}),
+            (True, {"x": x, "out": dx, "dy": dy, "dresidual": dresidual, "dweight": dweight, "dbias": dbias}),
+        ):
+            dx.fill_(float("nan"))
+            addresses = {k: t.data_ptr() for k, t in (tensors | common).items()}
+            _C.norm_act(backward=backward, **sizes, **addresses)
+            assert not dx.isnan().any()
+        assert not any(t.isnan().any() for t in (mean, variance, dresidual, dweight, dbias))
 
 
 @pytest.mark.parametrize("kind", range(5))
@@ -251,6 +253,7 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
     ("change", "message"),
     [
         ({"images": 0}, "images is 0"),
+        ({"channels": -1}, "channels is -1"),
         ({"act": 7}, "act is 7"),
         ({"x": 0}, "x is null"),
         ({"dtype": 2}, "dtype is 2"),
@@ -258,7 +261,7 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
 )
 def test_bad_native_arguments(change: dict[str, Any], message: str) -> None:
     t = torch.zeros(16)
-    call = dict.fromkeys(("x", "out", "mean", "rstd", "dy", "dweight", "dbias"), t.data_ptr())
+    call = dict.fromkeys(("x", "out", "mean", "variance", "dy", "dweight", "dbias"), t.data_ptr())
     call |= {"images": 1, "channels": 1, "pixels": 16, "dtype": 0, "act": 0}
     with pytest.raises(ValueError, match=message):
         _C.norm_act(

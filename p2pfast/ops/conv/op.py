@@ -8,10 +8,10 @@ from torch import Tensor
 
 from p2pfast import _C
 from p2pfast.ops.conv.activation import activation_code
+from p2pfast.ops.conv.prepared import Prepared, prepared, slot
 from p2pfast.ops.conv.source import describe_output, describe_source, readable
 from p2pfast.ops.gpu import require_triton
-from p2pfast.ops.pages import empty, scratch
-from p2pfast.ops.threads import use_torch_threads
+from p2pfast.ops.pages import empty
 
 # In the order of the native enumerations (csrc/cpu/conv.h).
 ALGORITHMS = ("direct", "winograd", "winograd2", "streamed", "streamed2", "thin", "winograd6")
@@ -305,28 +305,69 @@ def run_conv(
         turned: the weight's first two axes are exchanged, and its kernel is turned by 180°.
         pairs: products are of bfloat16 pairs; factors are rounded to bfloat16.
     """
-    images, out_channels, out_height, out_width = shape
     # Named, so that copies live until the kernel has run.
     inputs = [readable(t) for t in x]
-    weight = weight.detach().contiguous()
-    inputs_first = transposed != turned
-    bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
-    scale = None if scale is None else scale.detach().contiguous()
-    shift = None if shift is None else shift.detach().contiguous()
+    weight = weight.contiguous()
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    scale = None if scale is None else scale.contiguous()
+    shift = None if shift is None else shift.contiguous()
     out = empty(shape, x[0].dtype, torch.channels_last)
+    common = (
+        *(shape, stride, padding, transposed, padding_mode),
+        *(input_act, input_slope, act, slope, algorithm, turned, pairs),
+    )
+    layout = tuple((t.shape, t.stride(), t.dtype) for t in inputs)
+    deferred = None if scale is None else scale.shape
+    key = ("conv", layout, weight.shape, weight.dtype, bias is None, deferred, *common)
+    addresses = (
+        *(inputs[0].data_ptr(), inputs[-1].data_ptr(), _address(scale), _address(shift)),
+        *(weight.data_ptr(), _address(bias), out.data_ptr()),
+    )
+    prepared(key, lambda: _prepare(inputs, weight, bias, scale, shift, out, *common)).run(addresses)
+    return out
 
-    starts = [0, inputs[0].shape[1]]
-    act_in = activation_code(input_act, "input_act")
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _prepare(
+    inputs: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    out: Tensor,
+    shape: tuple[int, int, int, int],
+    stride: int,
+    padding: int,
+    transposed: bool,
+    padding_mode: str,
+    input_act: str,
+    input_slope: float,
+    act: str,
+    slope: float,
+    algorithm: str,
+    turned: bool,
+    pairs: bool,
+) -> Prepared:
+    """``run_conv``'s call, of which the tensors' addresses are the slots."""
+    images, out_channels, out_height, out_width = shape
     kernel_h, kernel_w = weight.shape[2:]
     taps = kernel_h * kernel_w
+    inputs_first = transposed != turned
+    act_in, first, sources = activation_code(input_act, "input_act"), 0, []
+    for i, t in enumerate(inputs):
+        source = describe_source(t, scale, shift, first, act_in, input_slope) | {"data": slot(i)}
+        if "scale" in source:
+            source |= {"scale": slot(2, 4 * first), "shift": slot(3, 4 * first)}
+        sources.append(source)
+        first += t.shape[1]
     call: dict[str, Any] = {
-        "sources": [
-            describe_source(t, scale, shift, at, act_in, input_slope)
-            for t, at in zip(inputs, starts, strict=False)
-        ],
+        "sources": sources,
         "images": images,
-        "height": x[0].shape[2],
-        "width": x[0].shape[3],
+        "height": inputs[0].shape[2],
+        "width": inputs[0].shape[3],
         "out_height": out_height,
         "out_width": out_width,
         "out_channels": out_channels,
@@ -337,27 +378,26 @@ def run_conv(
         "pad_left": padding,
         "transposed": transposed,
         "pad": PADDING_MODES.index(padding_mode),
-        "weight": weight.data_ptr(),
+        "weight": slot(4),
         "weight_dtype": int(weight.dtype == torch.bfloat16),
         "weight_out_stride": taps if inputs_first else taps * weight.shape[1],
         "weight_in_stride": taps * weight.shape[1] if inputs_first else taps,
         "weight_turned": turned,
         "packed_dtype": 2 if pairs else 0,
-        "bias": 0 if bias is None else bias.data_ptr(),
-        "out": describe_output(out),
+        "bias": 0 if bias is None else slot(5),
+        "out": describe_output(out) | {"data": slot(6)},
         "act": activation_code(act),
         "slope": slope,
     }
-    use_torch_threads()
     number, info = _choose(algorithm, call)
-    workspace = scratch(info["workspace_bytes"])
+    program, needs = _C.Program(), [info["workspace_bytes"]]
     # Weights that are only sorted beforehand are better sorted on the way, if they are used once.
     if info["packed_floats"] and not ALGORITHMS[number].startswith("streamed"):
-        packed = scratch(4 * info["packed_floats"], 1)
-        _C.conv_pack(number, call, packed.data_ptr())
-        call["packed"] = packed.data_ptr()
-    _C.run_conv(number, {**call, "workspace": workspace.data_ptr()})
-    return out
+        program.pack(number, call, slot(8))
+        call["packed"] = slot(8)
+        needs.append(4 * info["packed_floats"])
+    program.conv(number, call | {"workspace": slot(7)})
+    return Prepared(program, tuple(needs))
 
 
 @torch.library.custom_op("p2pfast::conv", mutates_args=(), device_types=("cpu", "cuda"))

@@ -14,7 +14,6 @@ def readable(x: Tensor) -> Tensor:
     They take any strides, but where channels are adjacent they read whole vectors up to the next pixel: a
     slice of another tensor's channels has no room for that after its last pixel.
     """
-    x = x.detach()
     if x.stride(1) == 1 and x.shape[3] > 1 and x.stride(3) > x.shape[1]:
         return x.contiguous(memory_format=torch.channels_last)
     return x

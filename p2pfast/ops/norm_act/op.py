@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -7,11 +8,11 @@ from torch import Tensor
 
 from p2pfast import _C
 from p2pfast.ops.conv.activation import activation_code
-from p2pfast.ops.conv.source import describe_output, describe_source
 from p2pfast.ops.gpu import require_triton
 from p2pfast.ops.norm.op import check_arguments
 from p2pfast.ops.norm_act.reference import norm_act_reference
-from p2pfast.ops.pages import empty, empty_like
+from p2pfast.ops.pages import empty_like
+from p2pfast.ops.pointwise import is_direct
 from p2pfast.ops.threads import use_torch_threads
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -93,7 +94,9 @@ def norm_act(
     """
     _check(x, weight, bias, mean, variance, over_batch, eps, act, residual)
     if is_fused(x, act):
-        y, used_mean, used_variance = _norm_act(
+        # A registered operator takes longer to call than a small map takes to normalise.
+        run = run_norm_act if not torch.is_grad_enabled() and is_direct((x,)) else _norm_act
+        y, used_mean, used_variance = run(
             x, weight, bias, mean, variance, over_batch, eps, act, slope, residual
         )
         return y, used_mean, used_variance
@@ -104,7 +107,14 @@ def norm_act(
 
 
 def _float(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach().to(torch.float32).contiguous()
+    return None if t is None else t.to(torch.float32).contiguous()
+
+
+def _triton() -> ModuleType:
+    require_triton()
+    from p2pfast.ops.norm_act import triton as kernels
+
+    return kernels
 
 
 def _address(t: Tensor | None) -> int:
@@ -117,56 +127,73 @@ def _statistics_shape(x: Tensor, mean: Tensor | None, over_batch: bool) -> tuple
     return (x.shape[1],) if over_batch else (x.shape[0], x.shape[1])
 
 
-def apply_channels_last(
+def run_norm_act(
     x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    over_batch: bool,
+    eps: float,
     act: str,
     slope: float,
     residual: Tensor | None,
-) -> Tensor:
-    """``act(scale * x + shift + residual)`` of channels_last tensors; scale, shift (C,) or (N, C) float32."""
-    images, _, height, width = x.shape
-    out = empty(x.shape, x.dtype, torch.channels_last)
-    call: dict[str, Any] = {
-        "first": describe_source(x, scale, shift),
-        "images": images,
-        "height": height,
-        "width": width,
-        "out": describe_output(out),
-        "act": activation_code(act),
-        "slope": slope,
-    }
-    if residual is not None:
-        call["second"] = describe_source(residual)
-    _C.run_apply(call)
-    return out
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``norm_act`` without checks and derivatives, of what ``is_fused`` takes, at the least cost a call."""
+    if x.device.type != "cpu":
+        return _triton().forward(x, weight, bias, mean, variance, over_batch, eps, act, slope, residual)
+    x = dense(x)
+    frozen = mean is not None and variance is not None
+    y = empty_like(x)
+    if mean is not None and variance is not None:
+        mean, variance = mean.float().clone(), variance.float().clone()
+    else:
+        shape = _statistics_shape(x, None, over_batch)
+        mean, variance = (torch.empty(shape, dtype=torch.float32) for _ in range(2))
+    _run(False, x, weight, bias, mean, variance, frozen, eps, act, slope, residual, out=y.data_ptr())
+    return y, mean, variance
 
 
-def channels_last_statistics(x: Tensor, over_batch: bool) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, (C,) or (N, C) float32, of a channels_last tensor."""
+def _run(
+    backward: bool,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    frozen: bool,
+    eps: float,
+    act: str,
+    slope: float,
+    residual: Tensor | None,
+    **addresses: int,
+) -> None:
+    planes = is_planes(x)
+    # Named, so that copies live until the kernel has run.
+    residual = None if residual is None else like(residual, x)
+    weight, bias = _float(weight), _float(bias)
     images, channels, height, width = x.shape
-    stride = -(-channels // 16) * 16
-    call = {"source": describe_source(x), "images": images, "height": height, "width": width}
-    parts = _C.statistics_parts(call)
-    partial = torch.empty((images, parts, 2, stride), dtype=torch.float32)
-    count = torch.empty((images, parts), dtype=torch.float32)
-    _C.run_statistics({**call, "partial": partial.data_ptr(), "count": count.data_ptr()})
-    return merged_statistics(partial, count, channels, over_batch)
-
-
-def merged_statistics(
-    partial: Tensor, count: Tensor, channels: int, over_batch: bool
-) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance from partial statistics (images, parts, 2, stride) and their counts."""
-    images, parts = count.shape
-    results = torch.empty((4, images, partial.shape[3]), dtype=torch.float32)
-    names = ("scale", "shift", "mean", "variance")
-    call = {"partial": partial.data_ptr(), "count": count.data_ptr(), "images": images, "channels": channels}
-    addresses = {name: t.data_ptr() for name, t in zip(names, results, strict=True)}
-    _C.run_merge({**call, **addresses, "parts": parts, "over_batch": over_batch, "eps": 1.0})
-    mean, variance = results[2:, :, :channels]
-    return (mean[0].clone(), variance[0].clone()) if over_batch else (mean.clone(), variance.clone())
+    use_torch_threads()
+    _C.norm_act(
+        backward=backward,
+        x=x.data_ptr(),
+        residual=_address(residual),
+        dtype=int(x.dtype == torch.bfloat16),
+        planes=planes,
+        images=images,
+        channels=channels,
+        pixels=height * width,
+        over_batch=mean.dim() == 1,
+        frozen=frozen,
+        eps=eps,
+        weight=_address(weight),
+        bias=_address(bias),
+        mean=mean.data_ptr(),
+        variance=variance.data_ptr(),
+        act=activation_code(act),
+        slope=slope,
+        **addresses,
+    )
 
 
 @torch.library.custom_op("p2pfast::norm_act", mutates_args=(), device_types="cpu")
@@ -182,62 +209,12 @@ def _norm_act(
     slope: float,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    use_torch_threads()
-    x = dense(x.detach())
-    residual = None if residual is None else like(residual.detach(), x)
-    weight, bias = _float(weight), _float(bias)
-    images, channels, height, width = x.shape
-    frozen = mean is not None and variance is not None
-    if not is_planes(x):
-        if mean is not None and variance is not None:
-            mean, variance = mean.detach().float().clone(), variance.detach().float().clone()
-        else:
-            mean, variance = channels_last_statistics(x, over_batch)
-        # In float64 and rounded once: scale * x and shift nearly cancel far from zero.
-        scale = torch.rsqrt(variance.double() + eps)
-        if weight is not None:
-            scale = scale * weight
-        shift = -mean * scale
-        if bias is not None:
-            shift = shift + bias
-        y = apply_channels_last(x, scale.float(), shift.float(), act, slope, residual)
-        return y, mean, variance
-    shape = _statistics_shape(x, mean, over_batch)
-    used = torch.empty((3, *shape), dtype=torch.float32)
-    if mean is not None and variance is not None:
-        used[0], used[1] = mean, torch.rsqrt(variance.double() + eps)
-        used[2] = variance
-    y = empty(x.shape, x.dtype)
-    _C.norm_act(
-        backward=False,
-        x=x.data_ptr(),
-        residual=_address(residual),
-        out=y.data_ptr(),
-        dtype=int(x.dtype == torch.bfloat16),
-        planes=True,
-        images=images,
-        channels=channels,
-        pixels=height * width,
-        over_batch=len(shape) == 1,
-        frozen=frozen,
-        eps=eps,
-        weight=_address(weight),
-        bias=_address(bias),
-        mean=used[0].data_ptr(),
-        rstd=used[1].data_ptr(),
-        variance=used[2].data_ptr(),
-        act=activation_code(act),
-        slope=slope,
-    )
-    return y, used[0].clone(), used[2].clone()
+    return run_norm_act(x, weight, bias, mean, variance, over_batch, eps, act, slope, residual)
 
 
 @_norm_act.register_kernel("cuda")
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    require_triton()
-    from p2pfast.ops.norm_act import triton as kernels
-
-    return kernels.forward(*args)
+    return run_norm_act(*args)
 
 
 @_norm_act.register_fake
@@ -283,23 +260,50 @@ def norm_act_backward(
         of_residual: whether its gradient is wanted where an activation follows it; where none does, it is
             ``grad``.
     """
-    dx, dweight, dbias, dresidual = _norm_act_backward(
-        grad,
-        x,
-        weight,
-        bias,
-        mean,
-        variance,
-        frozen,
-        eps,
-        act,
-        slope,
-        residual,
-        of_residual and act != "none",
+    wanted = of_residual and act != "none"
+    backward = _run_backward if is_direct((grad, x)) else _norm_act_backward
+    dx, dweight, dbias, dresidual = backward(
+        grad, x, weight, bias, mean, variance, frozen, eps, act, slope, residual, wanted
     )
     if of_residual and act == "none":
         return dx, dweight, dbias, grad
     return dx, dweight, dbias, dresidual if of_residual else None
+
+
+def _run_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    frozen: bool,
+    eps: float,
+    act: str,
+    slope: float,
+    residual: Tensor | None,
+    of_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if x.device.type != "cpu":
+        return _triton().backward(
+            grad, x, weight, bias, mean, variance, frozen, eps, act, slope, residual, of_residual
+        )
+    x = dense(x)
+    grad = like(grad.to(x.dtype), x)
+    residual = None if act == "none" else residual
+    dx = empty_like(x)
+    dresidual = empty_like(x) if of_residual else x.new_empty(0)
+    dweight, dbias = (torch.empty(x.shape[1], dtype=torch.float32) for _ in range(2))
+    _run(
+        True,
+        *(x, weight, bias, mean.contiguous(), variance.contiguous(), frozen, eps, act, slope, residual),
+        dy=grad.data_ptr(),
+        out=dx.data_ptr(),
+        dresidual=dresidual.data_ptr() if of_residual else 0,
+        dweight=dweight.data_ptr(),
+        dbias=dbias.data_ptr(),
+    )
+    return dx, dweight, dbias, dresidual
 
 
 @torch.library.custom_op("p2pfast::norm_act_backward", mutates_args=(), device_types="cpu")
@@ -317,55 +321,14 @@ def _norm_act_backward(
     residual: Tensor | None,
     of_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    use_torch_threads()
-    x = dense(x.detach())
-    grad = like(grad.detach().to(x.dtype), x)
-    residual = None if residual is None or act == "none" else like(residual.detach(), x)
-    weight, bias = _float(weight), _float(bias)
-    images, channels, height, width = x.shape
-    planes, pixels = is_planes(x), height * width
-    mean = mean.detach().contiguous()
-    rstd = torch.rsqrt(variance.detach().double() + eps).float()
-    dx = empty_like(x)
-    dresidual = empty_like(x) if of_residual else x.new_empty(0)
-    sums = torch.empty((2, *mean.shape), dtype=torch.float32)
-    bands = -(-pixels // _C.norm_band)
-    partial = torch.empty(0 if planes else images * bands * 2 * channels, dtype=torch.float32)
-    _C.norm_act(
-        backward=True,
-        x=x.data_ptr(),
-        residual=_address(residual),
-        dy=grad.data_ptr(),
-        out=dx.data_ptr(),
-        dresidual=dresidual.data_ptr() if of_residual else 0,
-        dtype=int(x.dtype == torch.bfloat16),
-        planes=planes,
-        images=images,
-        channels=channels,
-        pixels=pixels,
-        over_batch=mean.dim() == 1,
-        frozen=frozen,
-        weight=_address(weight),
-        bias=_address(bias),
-        mean=mean.data_ptr(),
-        rstd=rstd.data_ptr(),
-        dweight=sums[0].data_ptr(),
-        dbias=sums[1].data_ptr(),
-        act=activation_code(act),
-        slope=slope,
-        partial=_address(partial),
+    return _run_backward(
+        grad, x, weight, bias, mean, variance, frozen, eps, act, slope, residual, of_residual
     )
-    if mean.dim() == 2:
-        return dx, sums[0].sum(0), sums[1].sum(0), dresidual
-    return dx, sums[0].clone(), sums[1].clone(), dresidual
 
 
 @_norm_act_backward.register_kernel("cuda")
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    require_triton()
-    from p2pfast.ops.norm_act import triton as kernels
-
-    return kernels.backward(*args)
+    return _run_backward(*args)
 
 
 @_norm_act_backward.register_fake

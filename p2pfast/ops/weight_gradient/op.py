@@ -7,9 +7,9 @@ from torch import Tensor
 
 from p2pfast import _C
 from p2pfast.ops.conv.op import PADDING_MODES
+from p2pfast.ops.conv.prepared import Prepared, prepared, slot
 from p2pfast.ops.conv.source import describe_output, describe_source, readable
-from p2pfast.ops.pages import empty, scratch
-from p2pfast.ops.threads import use_torch_threads
+from p2pfast.ops.pages import empty
 
 # In the order of the native enumeration.
 ALGORITHMS = ("minimal", "taps", "rows", "pairs")
@@ -41,13 +41,32 @@ def weight_gradient(
     Returns:
         (Cout, C, *kernel), contiguous.
     """
-    grad, x = grad.detach(), readable(x)
+    x = readable(x)
+    result = empty((grad.shape[1], x.shape[1], *kernel), dtype or grad.dtype)
+    common = kernel, stride, padding, padding_mode, algorithm
+    layout = tuple((t.shape, t.stride(), t.dtype) for t in (grad, x))
+    key = ("weight_gradient", layout, result.dtype, *common)
+    addresses = grad.data_ptr(), x.data_ptr(), result.data_ptr()
+    prepared(key, lambda: _prepare(grad, x, result, *common)).run(addresses)
+    return result
+
+
+def _prepare(
+    grad: Tensor,
+    x: Tensor,
+    result: Tensor,
+    kernel: tuple[int, int],
+    stride: int,
+    padding: int,
+    padding_mode: str,
+    algorithm: str,
+) -> Prepared:
+    """The call, of which the tensors' addresses are the slots."""
     images, channels, height, width = x.shape
     _, outputs, out_height, out_width = grad.shape
     taps = kernel[0] * kernel[1]
-    result = empty((outputs, channels, *kernel), dtype or grad.dtype)
     call = {
-        "sources": [describe_source(x)],
+        "sources": [describe_source(x) | {"data": slot(1)}],
         "images": images,
         "height": height,
         "width": width,
@@ -62,11 +81,10 @@ def weight_gradient(
         "pad": PADDING_MODES.index(padding_mode),
         "weight_out_stride": channels * taps,
         "weight_in_stride": taps,
-        "out": describe_output(grad),
+        "out": describe_output(grad) | {"data": slot(0)},
     }
-    use_torch_threads()
-    number = ALGORITHMS.index(algorithm)
-    workspace = scratch(_C.weight_gradient_workspace(number, call))
+    number, program = ALGORITHMS.index(algorithm), _C.Program()
+    needed = _C.weight_gradient_workspace(number, call)
     narrow = int(result.dtype == torch.bfloat16)
-    _C.run_weight_gradient(number, {**call, "workspace": workspace.data_ptr()}, result.data_ptr(), narrow)
-    return result
+    program.weight_gradient(number, call | {"workspace": slot(3)}, slot(2), narrow)
+    return Prepared(program, (needed,))
