@@ -36,14 +36,6 @@ P2PFAST_INLINE Vec derivative(Vec z, Vec slope) {
   return one;
 }
 
-// The first n values.
-template <class T>
-P2PFAST_INLINE void store_some(T* p, Vec v, int64_t n) {
-  T values[kLanes];
-  store(values, v);
-  std::memcpy(p, values, static_cast<size_t>(n) * sizeof(T));
-}
-
 struct Normalized {
   Vec x, z;  // (x - mean) * rstd, and what the activation gets
 };

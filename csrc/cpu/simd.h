@@ -143,7 +143,14 @@ P2PFAST_INLINE VecH to_bf16(Vec v) {
 }
 P2PFAST_INLINE void store(bf16* p, Vec v) { *reinterpret_cast<VecHU*>(p) = (VecHU)to_bf16(v); }
 
-// The same for bfloat16; the vectors of a cache line are written one after the other.
+template <class T>
+P2PFAST_INLINE void store_some(T* p, Vec v, int64_t count) {
+  T values[kLanes];
+  store(values, v);
+  std::memcpy(p, values, static_cast<size_t>(count) * sizeof(T));
+}
+
+// stream() for bfloat16; the vectors of a cache line are written one after the other.
 P2PFAST_INLINE void stream(bf16* p, Vec v) {
 #if defined(P2PFAST_WIDE)
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)to_bf16(v));

@@ -12,7 +12,7 @@
 #include "cpu/gather.h"
 #include "cpu/gemm.h"
 #include "cpu/parallel.h"
-#include "cpu/planar.h"
+#include "cpu/transpose.h"
 #include "cpu/toom.h"
 #include "cpu/workspace.h"
 

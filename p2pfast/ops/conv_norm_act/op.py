@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from p2pfast.ops.channels_last import channels_last
 from p2pfast.ops.conv.activation import activate, activation_code
 from p2pfast.ops.conv.op import PADDING_MODES
 from p2pfast.ops.conv_norm_act import convolution
@@ -137,7 +138,7 @@ def conv_norm_act(
     if torch.compiler.is_compiling() or not fused:
         y, mean, variance = _composed(x, weight, bias, norm_weight, norm_bias, residual, statistics, options)
     else:
-        source = x.to(lowered).contiguous(memory_format=torch.channels_last)
+        source = channels_last(x, lowered)
         if source is not x:
             recipe = None
         with torch.autocast(kind, enabled=False), kept_as_recipes([(source, recipe)]):
