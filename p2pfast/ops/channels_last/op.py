@@ -12,6 +12,7 @@ from p2pfast.ops.pointwise import is_direct
 from p2pfast.ops.threads import use_torch_threads
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_LEAST = 6  # channels: of fewer, most of a square is empty
 
 
 def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -29,7 +30,7 @@ def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if x.dtype == dtype and x.is_contiguous(memory_format=torch.channels_last):
         return x
-    planes = x.dim() == 4 and x.stride(3) == 1 and x.shape[1] > 1
+    planes = x.dim() == 4 and x.stride(3) == 1 and x.shape[1] >= _LEAST
     if not planes or x.dtype not in _DTYPES or dtype not in _DTYPES or not is_direct((x,)):
         return channels_last_reference(x, dtype)
     if torch.is_grad_enabled() and x.requires_grad:
