@@ -405,11 +405,7 @@ def test_every_way_in_bfloat16(number: int, monkeypatch: pytest.MonkeyPatch, cpu
     by_library = {kind: r for kind, name, r in trials if name == "library"}
     assert of_weight.shape == weight.shape and len(by_library) == 3
     for kind, name, result in trials:
-        got, library = (
-            unpadded(r.double(), geometry.padding, geometry.padding_mode) if kind == "data" else r.double()
-            for r in (result, by_library[kind])
-        )
-        error, allowed = ((r - truth[kind]).norm() for r in (got, library))
+        error, allowed = ((r.double() - truth[kind]).norm() for r in (result, by_library[kind]))
         assert error <= 2 * allowed, (kind, name, error / allowed)
     in_pairs = any(name == "direct, pairs" for kind, name, _ in trials if kind == "forward")
     assert in_pairs == (weight.shape[2] in (1, 7) and weight.shape[0] > 4)

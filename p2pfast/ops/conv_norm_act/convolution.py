@@ -196,16 +196,16 @@ def _library_backward(grad: Tensor, source: Tensor, weight: Tensor, g: Geometry,
 def data_gradient(grad: Tensor, size: torch.Size, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient for the input of shape ``size``."""
     ways = data_gradient_ways(grad, size, weight, geometry)
-    found = fastest(_key("data", grad, weight, geometry), *ways, device=_device(grad))
-    return unpadded(found, geometry.padding, geometry.padding_mode)
+    return fastest(_key("data", grad, weight, geometry), *ways, device=_device(grad))
 
 
 def data_gradient_ways(
     grad: Tensor, size: torch.Size, weight: Tensor, geometry: Geometry
 ) -> list[Callable[[], Tensor]]:
-    """What ``data_gradient`` chooses of, for the padded input: a convolution of the output's gradient.
+    """What ``data_gradient`` chooses of: a convolution of the output's gradient, whose result is the padded
+    input's, or the transpose of the convolution's algorithm.
 
-    That of a convolution with stride s is the transposed one with the same weight, and the other way round;
+    The convolution of one with stride s is the transposed one with the same weight, and the other way round;
     with stride 1, the plain one with the weight turned by 180° and its channels exchanged.
     """
     g = geometry
@@ -220,16 +220,19 @@ def data_gradient_ways(
             source = of.new_empty(shape).contiguous(memory_format=torch.channels_last)
         return _library_backward(of, source, weight, g, 0)
 
+    def inside(found: Tensor) -> Tensor:
+        return unpadded(found, g.padding, g.padding_mode)
+
     def library() -> Tensor:
         if grad.device.type != "cpu":
             # Of the input it reads the shape alone; the layout it takes from the weight.
             like = weight.contiguous(memory_format=torch.channels_last)
-            return _library_backward(grad, grad.new_empty(1).expand(shape), like, g, 0)
-        return backward(grad, in_channels_last(grad) and not grad.is_contiguous())
+            return inside(_library_backward(grad, grad.new_empty(1).expand(shape), like, g, 0))
+        return inside(backward(grad, in_channels_last(grad) and not grad.is_contiguous()))
 
     def planes() -> Tensor:
         found = backward(grad.contiguous(), False)
-        return found.contiguous(memory_format=torch.channels_last)
+        return inside(found.contiguous(memory_format=torch.channels_last))
 
     turns = g.stride == 1 and not g.transposed
     same = Geometry(g.stride, g.zeros, 0, not g.transposed, "zeros")
@@ -238,11 +241,14 @@ def data_gradient_ways(
 
     def own(name: str) -> Tensor:
         assert kernels is not None  # the names are its
-        result: Tensor = kernels.convolve(name, grad, weight, None, shape, same, turns)
-        return result
+        if name == "adjoint":
+            return on_cpu.adjoint(grad, weight, size, g)
+        return inside(kernels.convolve(name, grad, weight, None, shape, same, turns))
 
     kernels = _own(grad) if _can_turn(grad, weight, g, shape) else None
     names = kernels.convolutions(grad, weight, shape, same) if kernels else []
+    if kernels is on_cpu and on_cpu.has_adjoint(weight, g):
+        names = ["adjoint" if name == "streamed" else name for name in names]
     several = grad.device.type == "cpu" and names and not grad.is_contiguous()
     ways = [library, planes] if several else [library]
     return _ways(ways, names, own, grad, _narrow(size, grad.shape, weight))
