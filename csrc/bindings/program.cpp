@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/data_gradient.h"
 #include "cpu/parallel.h"
 #include "cpu/weight_gradient.h"
 
@@ -309,18 +310,34 @@ py::dict conv_info(int algorithm, const py::dict& dict) {
   return info;
 }
 
+Source as_source(const Output& out, int channels) {
+  Source s{};
+  s.data = out.data;
+  s.image_stride = out.image_stride;
+  s.row_stride = out.row_stride;
+  s.pixel_stride = out.pixel_stride;
+  s.channel_stride = out.channel_stride;
+  s.dtype = out.dtype;
+  s.channels = channels;
+  return s;
+}
+
 // A convolution's dictionary in which `out` is where the output's gradient lies.
 WeightGradientArgs read_weight_gradient(const py::dict& dict) {
   WeightGradientArgs a{};
   a.conv = read_conv(dict);
-  const Output& out = a.conv.out;
-  a.grad.data = out.data;
-  a.grad.image_stride = out.image_stride;
-  a.grad.row_stride = out.row_stride;
-  a.grad.pixel_stride = out.pixel_stride;
-  a.grad.channel_stride = out.channel_stride;
-  a.grad.dtype = out.dtype;
-  a.grad.channels = a.conv.out_channels;
+  a.grad = as_source(a.conv.out, a.conv.out_channels);
+  return a;
+}
+
+// The same, and `result` is where the input's gradient goes.
+DataGradientArgs read_data_gradient(const py::dict& dict, const py::dict& result) {
+  DataGradientArgs a{};
+  a.conv = read_conv(dict);
+  a.grad = as_source(a.conv.out, a.conv.out_channels);
+  a.out = read_output(result);
+  a.workspace = a.conv.workspace;
+  if (const char* reason = data_gradient().refuses(a)) throw std::invalid_argument(reason);
   return a;
 }
 
@@ -381,6 +398,12 @@ void bind_program(py::module_& m) {
       },
       py::arg("algorithm"), py::arg("args"));
   m.def(
+      "data_gradient_workspace",
+      [](const py::dict& dict, const py::dict& result) {
+        return data_gradient().workspace_bytes(read_data_gradient(dict, result), num_threads());
+      },
+      py::arg("args"), py::arg("result"));
+  m.def(
       "run_conv", [](int algorithm, const py::dict& dict) { run_now(read_conv_step(algorithm, dict)); },
       py::arg("algorithm"), py::arg("args"), "Runs one convolution with real addresses.");
   m.def("run_statistics", [](const py::dict& dict) { run_now(read_statistics(dict, true)); });
@@ -412,6 +435,16 @@ void bind_program(py::module_& m) {
           },
           py::arg("algorithm"), py::arg("args"), py::arg("result"), py::arg("result_dtype"),
           "Writes the weights' gradient of a convolution whose `out` holds the output's gradient.")
+      .def(
+          "data_gradient",
+          [](Program& p, const py::dict& d, const py::dict& result) {
+            const DataGradientArgs args = read_data_gradient(d, result);
+            if (!args.conv.weight || !args.grad.data || !args.out.data || !args.workspace)
+              throw std::invalid_argument("weight, out, result and workspace need an address");
+            return p.add(args);
+          },
+          py::arg("args"), py::arg("result"),
+          "Writes the input's gradient of a convolution whose `out` holds the output's gradient.")
       .def("statistics", [](Program& p, const py::dict& d) { return p.add(read_statistics(d, true)); })
       .def("merge", [](Program& p, const py::dict& d) { return p.add(read_merge(d)); })
       .def("apply", [](Program& p, const py::dict& d) { return p.add(read_apply(d)); })

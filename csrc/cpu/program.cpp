@@ -70,6 +70,12 @@ void bind(WeightGradientStep& step, const Binder& to) {
   to(step.args.out);
   to(step.args.workspace);
 }
+void bind(DataGradientArgs& a, const Binder& to) {
+  bind(a.conv, to);
+  to(a.grad);
+  to(a.out.data);
+  to(a.workspace);
+}
 void bind(StatisticsArgs& a, const Binder& to) {
   to(a.source);
   to(a.partial);
@@ -112,6 +118,7 @@ void bind(InstanceEdges& a, const Binder& to) {
 void run(const ConvStep& step) { conv_kernel(step.algorithm).run(step.args); }
 void run(const PackStep& step) { conv_kernel(step.algorithm).pack(step.args, step.packed); }
 void run(const WeightGradientStep& step) { weight_gradient_kernel(step.algorithm).run(step.args); }
+void run(const DataGradientArgs& args) { data_gradient().run(args); }
 void run(const StatisticsArgs& args) { norm_kernels().statistics(args); }
 void run(const MergeArgs& args) { norm_kernels().merge(args); }
 void run(const ApplyArgs& args) { norm_kernels().apply(args); }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/conv.h"
+#include "cpu/data_gradient.h"
 #include "cpu/instance_edges.h"
 #include "cpu/label_conv.h"
 #include "cpu/norm.h"
@@ -45,7 +46,7 @@ void check(const ApplyArgs& args);
 void check(const PoolArgs& args);
 
 using Step = std::variant<ConvStep, StatisticsArgs, MergeArgs, ApplyArgs, PoolArgs, LabelConvArgs,
-                          InstanceEdges, PackStep, WeightGradientStep>;
+                          InstanceEdges, PackStep, WeightGradientStep, DataGradientArgs>;
 
 class Program {
  public:

@@ -607,6 +607,21 @@ struct Winograd {
   void run_stream() const {
     // A part may hold no tile of some image: its count stays zero.
     if (args.partial) std::memset(args.count, 0, sizeof(float) * args.images * stream_parts());
+    run_passes<kSorted>([&](int64_t begin, int64_t end, int c, int width, const float* sums,
+                            int64_t sums_stride, int) {
+      for (int64_t part = begin; part < end; part += kGroup) {
+        for_images(part, min2(part + kGroup, end), [&](int64_t image, int64_t first, int64_t n, int64_t at) {
+          store_any_tiles(image, first, static_cast<int>(n), c, width, sums + (part - begin + at) * kPanel,
+                          sums_stride, part / kGroup, stream_parts());
+        });
+      }
+    });
+  }
+
+  // Calls store(begin, end, c, width, sums, sums_stride, worker) with the sums of tiles [begin, end) and
+  // output channels [c, c + width), for every pass over the tiles and all channels.
+  template <bool kSorted, class Store>
+  void run_passes(Store&& store) const {
     Carver shared{static_cast<char*>(args.workspace)};
     float* const v = shared.floats(v_floats<kSorted>());
     Carver measure{nullptr};
@@ -656,14 +671,7 @@ struct Winograd {
                      static_cast<int64_t>(depth) * out_channels, width, scratch.sums, sums_stride, nothing);
           });
         }
-        for (int64_t part = begin; part < end; part += kGroup) {
-          for_images(part, min2(part + kGroup, end),
-                     [&](int64_t image, int64_t first, int64_t n, int64_t at) {
-                       store_any_tiles(image, first, static_cast<int>(n), c, width,
-                                       scratch.sums + (part - begin + at) * kPanel, sums_stride,
-                                       part / kGroup, stream_parts());
-                     });
-        }
+        store(begin, end, c, width, scratch.sums, sums_stride, worker);
       });
     }
   }

@@ -21,6 +21,7 @@ from p2pfast.fuse.operators import Call, pair
 from p2pfast.fuse.source import Captured
 from p2pfast.fuse.trace import Traced
 from p2pfast.nn.sequence import norm_statistics
+from p2pfast.ops.channels_last import channels_last
 from p2pfast.ops.conv_norm_act import join
 
 MODULES, CHAINS, CHANNELS_LAST = "modules", "chains", "channels_last"
@@ -107,8 +108,8 @@ class _ChainStep:
 
     def _run(self, values: dict[str, Any]) -> Tensor:
         x = values[self.x]
-        if self.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
+        if self.channels_last and self.chain.conv is None:  # a convolution takes it so itself
+            x = channels_last(x, x.dtype)
         options = {**self.options, "residual": None if self.residual is None else values[self.residual]}
         conv, norm = self.chain.conv, self.chain.norm
         weight = bias = None

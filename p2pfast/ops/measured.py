@@ -37,7 +37,9 @@ _LONG = 1.0  # seconds of a run beside which what only a first run does is small
 _MOST_REPEATS = 20
 _ON_DEVICE = 0.02  # seconds for each way on a GPU, where a run takes little and waits for the device
 _FAR_BEHIND = 2.0  # times the best: more than what others on the machine do to one run
+_MOST_SETTLED = 4096
 _chosen: dict[tuple[object, ...], str] = {}
+_settled: dict[tuple[object, ...], str] = {}
 
 
 def cache_folder() -> Path:
@@ -72,7 +74,28 @@ def fastest(key: tuple[object, ...], *ways: Callable[[], T], device: torch.devic
     caller captures a CUDA graph there. A way that fails there is left out, with a warning.
     """
     name = pick(key, *ways, device=device)
+    if device is None or not in_capture(device):
+        if len(_settled) >= _MOST_SETTLED:
+            _settled.clear()
+        _settled[key, _state(device)] = name
     return next(way for way in ways if way.__name__ == name)()
+
+
+def settled(key: tuple[object, ...], device: torch.device | None = None) -> str | None:
+    """The name that ``fastest`` took for ``key`` the last time; None if it has to be asked.
+
+    To ask takes the names of all ways, which may take longer to tell than a small layer to run.
+    """
+    return _settled.get((key, _state(device)))
+
+
+def _state(device: torch.device | None) -> tuple[object, ...]:
+    """What else choices depend on."""
+    here = (
+        *(torch.get_num_threads(), _C.active_level(), torch.are_deterministic_algorithms_enabled()),
+        *(os.environ.get("P2PFAST_TUNE"), os.environ.get("P2PFAST_CACHE_DIR")),
+    )
+    return here if device is None else (*here, device, allows_tf32(), torch.backends.cudnn.benchmark)
 
 
 def pick(

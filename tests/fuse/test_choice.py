@@ -71,6 +71,7 @@ def test_an_unwritable_cache_is_no_error(cache_dir: Path, monkeypatch: pytest.Mo
 def test_what_pytorch_runs_faster_stays_with_it(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison leaves no mark, and the next process knows its result."""
     monkeypatch.setattr(measured, "_chosen", {})
+    monkeypatch.setattr(measured, "_settled", {})
     monkeypatch.setattr(measured, "_seconds", first_wins)
     net = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.Dropout(0.5), nn.Conv2d(16, 8, 3))
     twin, x = copy.deepcopy(net), torch.randn(1, 8, 24, 24)
@@ -83,6 +84,7 @@ def test_what_pytorch_runs_faster_stays_with_it(cache_dir: Path, monkeypatch: py
         assert all(torch.equal(a, b) for a, b in zip(fast.buffers(), twin.buffers(), strict=True))
         assert "measured faster" in p2pfast.explain(fast).note
         monkeypatch.setattr(measured, "_chosen", {})
+        monkeypatch.setattr(measured, "_settled", {})
         monkeypatch.setattr(measured, "_seconds", lambda *a: pytest.fail("measured again"))
     planned = p2pfast.optimize(net, backend="cpu")
     planned(x)

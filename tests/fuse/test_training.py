@@ -272,6 +272,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("P2PFAST_TUNE", "on")
     monkeypatch.setenv("P2PFAST_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(measured, "_chosen", {})
+    monkeypatch.setattr(measured, "_settled", {})
     yield tmp_path
 
 
@@ -288,6 +289,7 @@ def test_a_trial_leaves_no_mark(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     engine: Any = next(iter(fast.__dict__["_p2pfast"].trainers.values()))
     (way,) = engine.ways.values()
     monkeypatch.setattr(measured, "_chosen", {})
+    monkeypatch.setattr(measured, "_settled", {})
     monkeypatch.setattr(measured, "_seconds", lambda *a: pytest.fail("measured again"))
     again = p2pfast.optimize(net, mode="train")
     again(X.clone().requires_grad_())

@@ -39,6 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured, "_chosen", {})
+    monkeypatch.setattr(measured, "_settled", {})
 
 
 def test_measured_once_and_remembered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

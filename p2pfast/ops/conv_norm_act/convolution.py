@@ -18,11 +18,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from p2pfast.ops.channels_last import channels_last
 from p2pfast.ops.conv_norm_act import on_cpu
 from p2pfast.ops.conv_norm_act.geometry import Geometry, in_channels_last
 from p2pfast.ops.conv_norm_act.pad import padded, unpadded
 from p2pfast.ops.gpu import allows_tf32
-from p2pfast.ops.measured import fastest, fixed
+from p2pfast.ops.measured import fastest, fixed, settled
 
 aten = torch.ops.aten
 
@@ -62,22 +63,26 @@ def _named(name: str, run: Callable[[str], Tensor]) -> Callable[[], Tensor]:
     return way
 
 
-def _ways(
-    library: Sequence[Callable[[], Tensor]],
-    names: Sequence[str],
-    own: Callable[[str], Tensor],
-    x: Tensor,
-    narrow: bool,
-) -> list[Callable[[], Tensor]]:
-    """The library's and the own kernels' for operands like x, the one to take without measuring last."""
-    ways = [_named(name, own) for name in names]
+def _names(library: Sequence[str], own: Sequence[str], x: Tensor, narrow: bool) -> list[str]:
+    """The library's ways and the own kernels for operands like x, the one to take without measuring last."""
     if x.device.type != "cpu":
-        return [*ways, *library]
+        return [*own, *library]
     # Without a convolution of its own for the dtype PyTorch takes seconds for one: not worth a try. With one,
     # oneDNN 3.12 leaves gradients of taps that see only padding unwritten, in channels_last.
-    if ways and x.dtype == torch.bfloat16 and (narrow or not library_has_bfloat16()):
-        return ways
-    return [*library, *ways]
+    if own and x.dtype == torch.bfloat16 and (narrow or not library_has_bfloat16()):
+        return [*own]
+    return [*library, *own]
+
+
+def _fastest(
+    key: tuple[object, ...], run: Callable[[str], Tensor], names: Callable[[], list[str]], x: Tensor
+) -> Tensor:
+    """What ``run`` returns for the fastest of ``names``."""
+    device = _device(x)
+    name = settled(key, device)
+    if name is not None:
+        return run(name)
+    return fastest(key, *(_named(name, run) for name in names()), device=device)
 
 
 def _device(x: Tensor) -> torch.device | None:
@@ -96,6 +101,7 @@ def library_has_bfloat16() -> bool:
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """The convolution of x (N, C, H, W), in x's dtype and memory format."""
     g, weight = geometry, _readable(weight, x)
+    shape, kernels = _out_shape(x, weight, g), _own(x)
 
     def library() -> Tensor:
         source = padded(x, g.padding, g.padding_mode)
@@ -112,15 +118,18 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) 
             1,
         )
 
-    def own(name: str) -> Tensor:
-        assert kernels is not None  # the names are its
+    def run(name: str) -> Tensor:
+        if name == "library":
+            return library()
+        assert kernels is not None  # the name is its
         result: Tensor = kernels.convolve(name, x, weight, bias, shape, g, False)
         return result
 
-    shape, kernels = _out_shape(x, weight, g), _own(x)
-    names = kernels.convolutions(x, weight, shape, g) if kernels else []
-    ways = _ways([library], names, own, x, _narrow(x.shape, shape, weight))
-    return fastest(_key("forward", x, weight, g), *ways, device=_device(x))
+    def names() -> list[str]:
+        own = kernels.convolutions(x, weight, shape, g) if kernels else []
+        return _names(["library"], own, x, _narrow(x.shape, shape, weight))
+
+    return _fastest(_key("forward", x, weight, g), run, names, x)
 
 
 def _out_shape(x: Tensor, weight: Tensor, g: Geometry) -> tuple[int, int, int, int]:
@@ -135,41 +144,46 @@ def _out_shape(x: Tensor, weight: Tensor, g: Geometry) -> tuple[int, int, int, i
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient for the weight, in its dtype, from the output's gradient and the input."""
-    ways = weight_gradient_ways(grad, x, weight, geometry)
-    found = fastest(_key("weight", grad, weight, geometry), *ways, device=_device(grad))
+    run, names = _weight_gradient(grad, x, weight, geometry)
+    found = _fastest(_key("weight", grad, weight, geometry), run, names, grad)
     return found.to(weight.dtype)
 
 
 def weight_gradient_ways(
     grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry
 ) -> list[Callable[[], Tensor]]:
-    """What ``weight_gradient`` chooses of; of these, the own kernels' may be in the weight's dtype already.
+    """What ``weight_gradient`` chooses of; the own kernels' results may be in the weight's dtype already."""
+    run, names = _weight_gradient(grad, x, weight, geometry)
+    return [_named(name, run) for name in names()]
 
-    By the library as the tensors lie, on a CPU also from contiguous copies (its kernels for channels_last may
-    be several times slower), or by the own kernels.
-    """
-    g = geometry
+
+def _weight_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry
+) -> tuple[Callable[[str], Tensor], Callable[[], list[str]]]:
+    """By the library as the tensors lie, on a CPU also from contiguous copies (its kernels for channels_last
+    may be several times slower), or by the own kernels."""
+    g, kernels = geometry, _own(grad)
     # Of a transposed convolution, input and output have exchanged their parts.
     still, windows = (x, grad) if g.transposed else (grad, x)
 
-    def library() -> Tensor:
-        return _library_backward(grad, padded(x, g.padding, g.padding_mode), weight, g, 1)
-
-    def planes() -> Tensor:
-        source = padded(x, g.padding, g.padding_mode)
-        return _library_backward(grad.contiguous(), source.contiguous(), weight, g, 1)
-
-    def own(name: str) -> Tensor:
-        assert kernels is not None  # the names are its
+    def run(name: str) -> Tensor:
+        if name in ("library", "planes"):
+            of, source = grad, padded(x, g.padding, g.padding_mode)
+            if name == "planes":
+                of, source = of.contiguous(), source.contiguous()
+            return _library_backward(of, source, weight, g, 1)
+        assert kernels is not None  # the name is its
         kernel = weight.shape[2], weight.shape[3]
         result: Tensor = kernels.gradient_of_weight(name, still, windows, kernel, g, weight.dtype)
         return result
 
-    kernels = _own(grad)
-    names = kernels.weight_gradients(still, windows, weight, g) if kernels else []
-    planar = grad.device.type != "cpu" or not (in_channels_last(grad) or in_channels_last(x))
-    ways = [library] if planar else [library, planes]
-    return _ways(ways, names, own, grad, _narrow(x.shape, grad.shape, weight))
+    def names() -> list[str]:
+        own = kernels.weight_gradients(still, windows, weight, g) if kernels else []
+        planar = grad.device.type != "cpu" or not (in_channels_last(grad) or in_channels_last(x))
+        library = ["library"] if planar else ["library", "planes"]
+        return _names(library, own, grad, _narrow(x.shape, grad.shape, weight))
+
+    return run, names
 
 
 def _library_backward(grad: Tensor, source: Tensor, weight: Tensor, g: Geometry, which: int) -> Tensor:
@@ -195,57 +209,67 @@ def _library_backward(grad: Tensor, source: Tensor, weight: Tensor, g: Geometry,
 
 def data_gradient(grad: Tensor, size: torch.Size, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient for the input of shape ``size``."""
-    ways = data_gradient_ways(grad, size, weight, geometry)
-    found = fastest(_key("data", grad, weight, geometry), *ways, device=_device(grad))
-    return unpadded(found, geometry.padding, geometry.padding_mode)
+    weight = _readable(weight, grad)
+    run, names = _data_gradient(grad, size, weight, geometry)
+    return _fastest(_key("data", grad, weight, geometry), run, names, grad)
 
 
 def data_gradient_ways(
     grad: Tensor, size: torch.Size, weight: Tensor, geometry: Geometry
 ) -> list[Callable[[], Tensor]]:
-    """What ``data_gradient`` chooses of, for the padded input: a convolution of the output's gradient.
+    """What ``data_gradient`` chooses of."""
+    run, names = _data_gradient(grad, size, _readable(weight, grad), geometry)
+    return [_named(name, run) for name in names()]
 
-    That of a convolution with stride s is the transposed one with the same weight, and the other way round;
+
+def _data_gradient(
+    grad: Tensor, size: torch.Size, weight: Tensor, geometry: Geometry
+) -> tuple[Callable[[str], Tensor], Callable[[], list[str]]]:
+    """A convolution of the output's gradient, whose result is the padded input's, or the transpose of the
+    convolution's algorithm.
+
+    The convolution of one with stride s is the transposed one with the same weight, and the other way round;
     with stride 1, the plain one with the weight turned by 180° and its channels exchanged.
     """
     g = geometry
-    weight = _readable(weight, grad)
     extra = 2 * (g.padding - g.zeros)
     shape = (size[0], size[1], size[2] + extra, size[3] + extra)
-
-    def backward(of: Tensor, channels_last: bool) -> Tensor:
-        # Only the shape of the input is read.
-        source = of.new_empty(1).expand(shape)
-        if channels_last:
-            source = of.new_empty(shape).contiguous(memory_format=torch.channels_last)
-        return _library_backward(of, source, weight, g, 0)
-
-    def library() -> Tensor:
-        if grad.device.type != "cpu":
-            # Of the input it reads the shape alone; the layout it takes from the weight.
-            like = weight.contiguous(memory_format=torch.channels_last)
-            return _library_backward(grad, grad.new_empty(1).expand(shape), like, g, 0)
-        return backward(grad, in_channels_last(grad) and not grad.is_contiguous())
-
-    def planes() -> Tensor:
-        found = backward(grad.contiguous(), False)
-        return found.contiguous(memory_format=torch.channels_last)
-
+    kernels = _own(grad) if _can_turn(grad, weight, g, shape) else None
     turns = g.stride == 1 and not g.transposed
     same = Geometry(g.stride, g.zeros, 0, not g.transposed, "zeros")
     if turns:
         same = Geometry(1, weight.shape[2] - 1 - g.zeros, 0, False, "zeros")
 
-    def own(name: str) -> Tensor:
-        assert kernels is not None  # the names are its
-        result: Tensor = kernels.convolve(name, grad, weight, None, shape, same, turns)
-        return result
+    def library(of: Tensor, last: bool) -> Tensor:
+        # Only the shape of the input is read; on a GPU its layout is told from the weight.
+        source, like = of.new_empty(1).expand(shape), weight
+        if of.device.type != "cpu":
+            like = weight.contiguous(memory_format=torch.channels_last)
+        elif last:
+            source = of.new_empty(shape).contiguous(memory_format=torch.channels_last)
+        return _library_backward(of, source, like, g, 0)
 
-    kernels = _own(grad) if _can_turn(grad, weight, g, shape) else None
-    names = kernels.convolutions(grad, weight, shape, same) if kernels else []
-    several = grad.device.type == "cpu" and names and not grad.is_contiguous()
-    ways = [library, planes] if several else [library]
-    return _ways(ways, names, own, grad, _narrow(size, grad.shape, weight))
+    def run(name: str) -> Tensor:
+        if name == "adjoint":
+            return on_cpu.adjoint(grad, weight, size, g)
+        if name == "library":
+            found = library(grad, in_channels_last(grad) and not grad.is_contiguous())
+        elif name == "planes":
+            found = channels_last(library(grad.contiguous(), False), grad.dtype)
+        else:
+            assert kernels is not None  # the name is its
+            found = kernels.convolve(name, grad, weight, None, shape, same, turns)
+        return unpadded(found, g.padding, g.padding_mode)
+
+    def names() -> list[str]:
+        own = kernels.convolutions(grad, weight, shape, same) if kernels else []
+        if kernels is on_cpu and on_cpu.has_adjoint(weight, g):
+            own = ["adjoint" if name == "streamed" else name for name in own]
+        several = grad.device.type == "cpu" and own and not grad.is_contiguous()
+        library = ["library", "planes"] if several else ["library"]
+        return _names(library, own, grad, _narrow(size, grad.shape, weight))
+
+    return run, names
 
 
 def _can_turn(grad: Tensor, weight: Tensor, g: Geometry, shape: tuple[int, ...]) -> bool:

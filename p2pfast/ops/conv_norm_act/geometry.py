@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """As for ``p2pfast.ops.conv.conv``."""
 
     stride: int

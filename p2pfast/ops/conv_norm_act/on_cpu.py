@@ -8,6 +8,7 @@ from torch import Tensor
 from p2pfast import _C
 from p2pfast.ops.conv.op import run_conv
 from p2pfast.ops.conv_norm_act.geometry import Geometry, in_channels_last
+from p2pfast.ops.data_gradient import data_gradient
 from p2pfast.ops.weight_gradient import weight_gradient
 
 _LARGEST_KERNEL = 16
@@ -69,6 +70,22 @@ def convolve(
     return run_conv(
         [x], weight, bias, shape, *numbers, algorithm=algorithm, turned=turned, pairs=name != algorithm
     )
+
+
+def has_adjoint(weight: Tensor, geometry: Geometry) -> bool:
+    """Whether ``adjoint`` takes the place of the streamed convolution in a data gradient.
+
+    It has the forward pass's tiles, where the convolution has those of the padded input, and it folds the
+    padding. Zeros leave both the same.
+    """
+    g = geometry
+    padded = g.padding > 0 and g.padding_mode != "zeros"
+    return padded and g.stride == 1 and not g.transposed and tuple(weight.shape[2:]) == (3, 3)
+
+
+def adjoint(grad: Tensor, weight: Tensor, size: torch.Size, geometry: Geometry) -> Tensor:
+    """The data gradient by the transpose of minimal filtering."""
+    return data_gradient(grad, weight, size, geometry.padding, geometry.padding_mode)
 
 
 def weight_gradients(still: Tensor, windows: Tensor, weight: Tensor, geometry: Geometry) -> list[str]:

@@ -15,6 +15,7 @@ from p2pfast.ops.conv_norm_act.pad import padded
 from p2pfast.ops.conv_norm_act.recipe import NormRecipe, kept_as_recipes, recipe_of, versions
 from p2pfast.ops.conv_norm_act.reference import conv_norm_act_reference, update_running
 from p2pfast.ops.gradients import activation_gradient, from_output
+from p2pfast.ops.lowering import without_autocast
 from p2pfast.ops.norm_act.op import is_fused, norm_act, norm_act_backward
 
 NORMS = ("none", "instance", "batch")
@@ -141,7 +142,7 @@ def conv_norm_act(
         source = channels_last(x, lowered)
         if source is not x:
             recipe = None
-        with torch.autocast(kind, enabled=False), kept_as_recipes([(source, recipe)]):
+        with without_autocast(kind), kept_as_recipes([(source, recipe)]):
             y, raw, mean, variance = _ConvNormAct.apply(
                 source,
                 weight,
@@ -254,11 +255,8 @@ class _ConvNormAct(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, grad)
         # A backward pass may run within autocast, which would take what is padded to float32.
-        kind = grad.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):
-                return _gradients(ctx, grad)
-        return _gradients(ctx, grad)
+        with without_autocast(grad.device.type):
+            return _gradients(ctx, grad)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -294,8 +292,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if needs[2]:
         # A norm on its own statistics takes out whatever was added to a whole channel.
         own = options.norm != "none" and not options.frozen
-        of_bias = of_raw.new_zeros(of_raw.shape[1]) if own else of_raw.float().sum((0, 2, 3))
-        of_bias = of_bias.to(bias.dtype)
+        of_bias = torch.zeros_like(bias) if own else of_raw.float().sum((0, 2, 3)).to(bias.dtype)
     if needs[0]:
         of_x = convolution.data_gradient(of_raw, ctx.size, weight, options.geometry)
     if needs[1]:
@@ -307,7 +304,7 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Through PyTorch's autograd, so that it can be differentiated again."""
     weight, bias, norm_weight, norm_bias, residual, _, mean, variance, x = ctx.saved_tensors
     inputs = [x, weight, bias, norm_weight, norm_bias, residual]
-    with torch.autocast(grad.device.type, enabled=False):
+    with without_autocast(grad.device.type):
         lowered = [None if t is None else t.to(x.dtype) for t in (weight, bias)]
         y = ctx.options.reference(x, *lowered, *inputs[3:], mean, variance)
     wanted = [t for t in inputs if t is not None and t.requires_grad]

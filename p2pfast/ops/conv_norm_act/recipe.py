@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from p2pfast.ops.conv.activation import activate
+from p2pfast.ops.lowering import without_autocast
 from p2pfast.ops.norm_act.op import norm_act
 
 
@@ -85,7 +86,7 @@ class NormRecipe:
                 "run the backward pass before the optimiser's step"
             )
         statistics = self.weight, self.bias, self.mean, self.variance
-        with torch.no_grad(), torch.autocast(self.raw.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(self.raw.device.type):
             return norm_act(self.raw, *statistics, False, self.eps, self.act, self.slope)[0]
 
 
@@ -142,7 +143,7 @@ class JoinedRecipe:
         need it, that of the layer behind and the activation's."""
         if self.made:
             return self.made[0]
-        with torch.no_grad(), torch.autocast(self.device, enabled=False):
+        with torch.no_grad(), without_autocast(self.device):
             result = joined([part.make() for part in self.parts], self.act, self.slope)
         if self.act != "none":
             self.made.append(result)
