@@ -195,6 +195,7 @@ def _library_backward(grad: Tensor, source: Tensor, weight: Tensor, g: Geometry,
 
 def data_gradient(grad: Tensor, size: torch.Size, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient for the input of shape ``size``."""
+    weight = _readable(weight, grad)  # autocast's float32 ones are no other kind of layer
     ways = data_gradient_ways(grad, size, weight, geometry)
     found = fastest(_key("data", grad, weight, geometry), *ways, device=_device(grad))
     return unpadded(found, geometry.padding, geometry.padding_mode)
