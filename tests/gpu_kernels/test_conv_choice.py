@@ -46,6 +46,15 @@ def test_the_model_prefers_what_fits_the_shape() -> None:
     assert config is not None and config.bm <= 32
 
 
+def test_columns_of_several_pixels_take_small_tiles() -> None:
+    """Where their values are stored one by one, larger ones spill registers."""
+    even = Problem(1, (512, 1024), (1024, 2048), (64,), 32, (4, 4), 2, (1, 1), transposed=True)
+    for problem in (replace(even, out_channels=39), replace(even, out_size=(1023, 2047))):
+        found = [c.config for c in choice.estimated(problem, CPU, ("columns",))[0]]
+        assert found and all(c is not None and c.bm * c.bn <= 1024 * c.warps for c in found)
+    assert (128, 128) in [(c.config.bm, c.config.bn) for c in choice.estimated(even, CPU)[0] if c.config]
+
+
 def test_a_plan_and_its_run_agree_on_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan sizes statistics with tensors on the meta device; the weights tell which device will run."""
     small = Machine(processors=8, shared=48 * 1024)

@@ -123,6 +123,18 @@ def test_convolutions_and_gradients(number: int, monkeypatch: pytest.MonkeyPatch
     assert len(tiles) >= 2 and "library" in [way.__name__ for way in own]
 
 
+def test_a_weight_in_float32_is_no_other_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast: it is lowered first, so that nothing of the data gradient is measured again."""
+    keys: list[Any] = []
+    monkeypatch.setattr(convolution, "fastest", lambda key, *ways, device: keys.append(key) or ways[0]())
+    geometry = convolution.Geometry(1, 1, 0, False, "zeros")
+    for dtype in (torch.float32, torch.float16):
+        grad = torch.empty(1, 6, 8, 8, dtype=torch.float16, device="meta")
+        weight = torch.empty(6, 4, 3, 3, dtype=dtype, device="meta")
+        convolution.data_gradient(grad, torch.Size((1, 4, 8, 8)), weight, geometry)
+    assert keys[0] == keys[1]
+
+
 def forward_with(kernel: Any) -> Any:
     def run(x: Tensor, weight: Any = None, bias: Any = None, *rest: Any) -> Any:
         numbers = [None, None, False, 1e-5, "none", 0.0, None]

@@ -209,7 +209,7 @@ def _library_backward(grad: Tensor, source: Tensor, weight: Tensor, g: Geometry,
 
 def data_gradient(grad: Tensor, size: torch.Size, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient for the input of shape ``size``."""
-    weight = _readable(weight, grad)
+    weight = _readable(weight, grad)  # autocast's float32 ones are no other kind of layer
     run, names = _data_gradient(grad, size, weight, geometry)
     return _fastest(_key("data", grad, weight, geometry), run, names, grad)
 

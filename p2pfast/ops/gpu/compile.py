@@ -175,8 +175,12 @@ def compile_one(operator: str, config: Shipped, target: int) -> Compiled:
     )
 
 
-def _job(operator: str, index: int, target: int) -> Compiled:
-    config = shipped(operator)[index]
+Job = tuple[str, Shipped, int]  # operator, configuration, target
+_jobs: list[Job] = []  # of the processes that are forked: kernels cannot be sent to others
+
+
+def _job(number: int) -> Compiled:
+    operator, config, target = _jobs[number]
     try:
         return compile_one(operator, config, target)
     except Exception as error:  # one that does not compile is a line of the table
@@ -186,22 +190,22 @@ def _job(operator: str, index: int, target: int) -> Compiled:
         )
 
 
+def compile_each(jobs: list[Job], workers: int | None = None) -> list[Compiled]:
+    """Configurations for targets, on ``workers`` processes (as many as there are processors); those with
+    descriptors not for targets that have none."""
+    if workers is None:
+        workers = len(os.sched_getaffinity(0))
+    _jobs[:] = [job for job in jobs if job[2] >= _DESCRIPTORS_FROM or not job[1].descriptor]
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(max(1, min(workers, len(_jobs))), mp_context=context) as pool:
+        return list(pool.map(_job, range(len(_jobs))))
+
+
 def compile_all(
     operators: list[str], targets: tuple[int, ...] = TARGETS, workers: int | None = None
 ) -> list[Compiled]:
-    """Every configuration for every target, on ``workers`` processes (as many as there are processors)."""
-    jobs = [
-        (operator, index, target)
-        for operator in operators
-        for index, config in enumerate(shipped(operator))
-        for target in targets
-        if target >= _DESCRIPTORS_FROM or not config.descriptor
-    ]
-    if workers is None:
-        workers = len(os.sched_getaffinity(0))
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(min(workers, len(jobs) or 1), mp_context=context) as pool:
-        return list(pool.map(_job, *zip(*jobs, strict=True))) if jobs else []
+    """Every configuration for every target."""
+    return compile_each([(o, c, t) for o in operators for c in shipped(o) for t in targets], workers)
 
 
 def table(results: list[Compiled]) -> str:

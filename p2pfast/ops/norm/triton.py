@@ -808,8 +808,10 @@ def map_launch(
     images, channels, height, width = x.shape
     pixels = height * width
     values = pixels * images if over_batch else pixels
-    # What is loaded stays in registers beside its float32 values where it is added or has to be widened.
-    wide = residual is None and (planes or x.element_size() == 4)
+    # What is loaded stays in registers beside its float32 values where it is added or has to be widened, and
+    # so do masks, where a tile is not full.
+    full = values == power_of_2(values) and channels % 8 == 0
+    wide = full and residual is None and (planes or x.element_size() == 4)
     limit = RESIDENT if wide else RESIDENT // 2
     t = map_tiles(values, channels, x.element_size(), planes, limit)
     if t is None:

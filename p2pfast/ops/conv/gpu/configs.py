@@ -63,6 +63,8 @@ DESCRIBED = ((128, 128), (64, 128), (128, 64), (64, 64))
 THIN_TILES = (Config(128, 0, 32, 8, 3), Config(64, 0, 64, 4, 3), Config(32, 0, 64, 4, 3))
 _SPLITS = (2, 4, 8, 16)
 _LEAST_STEPS = 4  # of a split, for a pipeline to be worth filling
+# Values of a thread, where every one has an address and a mask of its own: with more they spill registers.
+_MOST_SCATTERED = 32
 # float32 without tensor cores.
 PLAIN_TILES = (Config(64, 32, 16, 4, 2), Config(32, 32, 16, 4, 2))
 
@@ -210,12 +212,23 @@ def ranked(
     """Configurations with the model's seconds, quickest first."""
     cores = itemsize == 2 or tf32
     sizes = tuple(phase_sizes(packed, out_height, out_width))
+    tiles = candidates(packed, itemsize, on, cores)
+    if _scattered(packed, out_height, out_width):
+        tiles = tuple(t for t in tiles if t.bm * t.bn <= 32 * t.warps * _MOST_SCATTERED)
     timed = [
         (estimate(packed, c, sizes, images, itemsize, pending, on, cores), c)
-        for tile in candidates(packed, itemsize, on, cores)
+        for tile in tiles
         for c in (split(tile, packed, sizes, images, on) if cores else [tile])
     ]
     return tuple(sorted(timed, key=lambda pair: pair[0]))
+
+
+def _scattered(packed: Geometry, out_height: int, out_width: int) -> bool:
+    """Whether neighbouring columns are outputs of several pixels that are stored value by value: those of the
+    layout "columns", but where all tiles are full and a pixel's channels make whole vectors."""
+    rows = -(-out_height // packed.stride) * -(-out_width // packed.stride)
+    full = rows % 128 == 0 and out_height % packed.stride == 0 and out_width % packed.stride == 0
+    return packed.layout == "columns" and not (full and packed.out_channels % 16 == 0)
 
 
 def phase_sizes(packed: Geometry, out_height: int, out_width: int) -> list[int]:

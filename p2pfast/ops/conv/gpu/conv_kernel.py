@@ -320,11 +320,12 @@ def conv_kernel(
         phases = STRIDE * STRIDE if PHASES == "grid" else 1
         block = (image * phases + own) * tl.num_programs(0) + tl.program_id(0)
         inner = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
-        place = work + (block * SPLITS + split) * (BM * BN) + inner
+        share_of = work + (block * SPLITS + split) * (BM * BN)
     if PASS == "merge":
-        for _ in tl.static_range(SPLITS):
-            acc += tl.load(place)
-            place += BM * BN
+        # One share after the other: all their loads at once would spill registers.
+        for _ in range(SPLITS):
+            acc += tl.load(share_of + inner)
+            share_of += BM * BN
     else:
         steps0 = steps_of(taps_h * taps_w, C0, FLAT0, BK)
         begin0 = 0
@@ -410,7 +411,7 @@ def conv_kernel(
                 DESCRIPTOR,
             )
     if PASS == "split":
-        tl.store(place, acc)
+        tl.store(share_of + inner, acc)
         return
 
     channel = column % COUT
@@ -464,8 +465,11 @@ def conv_kernel(
             added = added * s[None, :] + t[None, :]
         acc += activate(added, RESIDUAL_ACT, RESIDUAL_SLOPE)
     acc = activate(acc, ACT, SLOPE)
-    place = out + image * out_image + out_y * out_row + out_z * OUT_PIXEL + channel[None, :]
+    # Offsets first: as pointers all along they would take twice the registers.
+    place = out + image * out_image + (out_y * out_row + out_z * OUT_PIXEL + channel[None, :])
     if FULL and COLUMNS % BN == 0:
         tl.store(place, rounded(acc, out.dtype.element_ty))
+    elif FULL:
+        tl.store(place, rounded(acc, out.dtype.element_ty), mask=exists[None, :])
     else:
         tl.store(place, rounded(acc, out.dtype.element_ty), mask=valid & exists[None, :])
