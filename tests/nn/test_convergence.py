@@ -21,12 +21,13 @@ STEPS = 200
 FIRST = 10
 # Rounding differs, so curves part. Relative to the losses without the fused path: the largest difference in
 # the first ten steps, and that of the means of the last fifty. Adam divides by a gradient's size, so what
-# rounding leaves of a gradient that is nearly zero moves a weight as far as any other.
+# rounding leaves of a gradient that is nearly zero moves a weight as far as any other. In bfloat16 PyTorch's own
+# curve ends up to 6 % from its float32 one, as another number of threads rounds it, so that two may be twice apart.
 BANDS = {
     ("descent", torch.float32): (1e-4, 0.03),
-    ("descent", torch.bfloat16): (1e-2, 0.06),
+    ("descent", torch.bfloat16): (1e-2, 0.12),
     ("adam", torch.float32): (2e-3, 0.03),
-    ("adam", torch.bfloat16): (3e-2, 0.06),
+    ("adam", torch.bfloat16): (3e-2, 0.12),
 }
 
 

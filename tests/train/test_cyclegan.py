@@ -65,7 +65,9 @@ def test_a_step_is_the_published_one(tiny: Callable[..., Config], fused: bool) -
         torch.testing.assert_close(terms[name], value.detach(), rtol=1e-5, atol=1e-6, msg=name)
     assert set(taken) == set(wanted)
     for key, value in wanted.items():
-        torch.testing.assert_close(taken[key], value, rtol=1e-3, atol=2e-5, msg=key)
+        # Minimal filtering rounds relative to the largest values, of several units here.
+        size = max(1.0, float(value.abs().max()))
+        torch.testing.assert_close(taken[key], value, rtol=1e-3, atol=2e-5 * size, msg=key)
 
 
 def test_discriminators_are_shown_the_pool(tiny: Callable[..., Config]) -> None:
