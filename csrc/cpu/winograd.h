@@ -12,8 +12,8 @@
 #include "cpu/gather.h"
 #include "cpu/gemm.h"
 #include "cpu/parallel.h"
-#include "cpu/transpose.h"
 #include "cpu/toom.h"
+#include "cpu/transpose.h"
 #include "cpu/workspace.h"
 
 namespace p2pfast::P2PFAST_LEVEL {

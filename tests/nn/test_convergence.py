@@ -21,8 +21,8 @@ STEPS = 200
 FIRST = 10
 # Rounding differs, so curves part. Relative to the losses without the fused path: the largest difference in
 # the first ten steps, and that of the means of the last fifty. Adam divides by a gradient's size, so what
-# rounding leaves of a gradient that is nearly zero moves a weight as far as any other. In bfloat16 PyTorch's own
-# curve ends up to 6 % from its float32 one, as another number of threads rounds it, so that two may be twice apart.
+# rounding leaves of a gradient that is nearly zero moves a weight as far as any other. In bfloat16 PyTorch's
+# own curve ends up to 6 % from its float32 one, depending on the number of threads: two may be twice apart.
 BANDS = {
     ("descent", torch.float32): (1e-4, 0.03),
     ("descent", torch.bfloat16): (1e-2, 0.12),
