@@ -126,6 +126,15 @@ def test_expanded_and_sliced() -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+def test_frozen_statistics_of_any_strides() -> None:
+    x, mean, variance = torch.randn(2, 6, 4, 5), torch.randn(6, 2).t(), torch.rand(6, 2).t() + 0.5
+    for memory_format in FORMATS:
+        with torch.no_grad():  # not by the registered operator
+            y, used, _ = norm_act(x.contiguous(memory_format=memory_format), None, None, mean, variance)
+        torch.testing.assert_close(y, norm_act_reference(x, None, None, mean, variance), rtol=1e-5, atol=1e-5)
+        assert torch.equal(used, mean)
+
+
 def test_statistics_returned() -> None:
     x = torch.randn(2, 6, 8, 10) + 5
     for memory_format, over_batch in itertools.product(FORMATS, (False, True)):

@@ -95,7 +95,8 @@ def norm_act(
     _check(x, weight, bias, mean, variance, over_batch, eps, act, residual)
     if is_fused(x, act):
         # A registered operator takes longer to call than a small map takes to normalise.
-        run = run_norm_act if not torch.is_grad_enabled() and is_direct((x,)) else _norm_act
+        given = [t for t in (x, weight, bias, mean, variance, residual) if t is not None]
+        run = run_norm_act if not torch.is_grad_enabled() and is_direct(given) else _norm_act
         y, used_mean, used_variance = run(
             x, weight, bias, mean, variance, over_batch, eps, act, slope, residual
         )
@@ -146,7 +147,9 @@ def run_norm_act(
     frozen = mean is not None and variance is not None
     y = empty_like(x)
     if mean is not None and variance is not None:
-        mean, variance = mean.float().clone(), variance.float().clone()
+        mean, variance = (
+            torch.empty(t.shape, dtype=torch.float32).copy_(t.detach()) for t in (mean, variance)
+        )
     else:
         shape = _statistics_shape(x, None, over_batch)
         mean, variance = (torch.empty(shape, dtype=torch.float32) for _ in range(2))
@@ -261,7 +264,8 @@ def norm_act_backward(
             ``grad``.
     """
     wanted = of_residual and act != "none"
-    backward = _run_backward if is_direct((grad, x)) else _norm_act_backward
+    given = [t for t in (grad, x, weight, bias, mean, variance, residual) if t is not None]
+    backward = _run_backward if is_direct(given) else _norm_act_backward
     dx, dweight, dbias, dresidual = backward(
         grad, x, weight, bias, mean, variance, frozen, eps, act, slope, residual, wanted
     )
