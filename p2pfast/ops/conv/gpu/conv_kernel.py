@@ -322,8 +322,8 @@ def conv_kernel(
         inner = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
         share_of = work + (block * SPLITS + split) * (BM * BN)
     if PASS == "merge":
-        # One pointer, and offsets: pointers of all values would not fit into registers.
-        for _ in tl.static_range(SPLITS):
+        # One share after the other: all their loads at once would spill registers.
+        for _ in range(SPLITS):
             acc += tl.load(share_of + inner)
             share_of += BM * BN
     else:
