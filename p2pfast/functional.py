@@ -15,7 +15,8 @@ from torch import Tensor
 
 from p2pfast.ops import autocast, gradients
 from p2pfast.ops.conv.activation import activate, activation_code
-from p2pfast.ops.conv.op import PADDING_MODES, conv
+from p2pfast.ops.conv.op import conv
+from p2pfast.ops.conv.source import PADDING_MODES
 from p2pfast.ops.conv_norm_act.op import conv_norm_act as training_layer
 from p2pfast.ops.cuda import native
 from p2pfast.ops.gpu import on_kernels

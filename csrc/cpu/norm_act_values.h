@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/epilogue.h"
+#include "cpu/merged.h"
 #include "cpu/norm_act.h"
 #include "cpu/parallel.h"
 #include "cpu/simd_math.h"
@@ -38,18 +39,6 @@ P2PFAST_INLINE Vec derivative(Vec z, Vec slope) {
 
 struct Normalized {
   Vec x, z;  // (x - mean) * rstd, and what the activation gets
-};
-
-// Chan's update.
-struct Merged {
-  double count = 0, mean = 0, m2 = 0;
-  void add(double n, double other_mean, double other_m2) {
-    if (n == 0) return;
-    const double total = count + n, delta = other_mean - mean;
-    mean += delta * (n / total);
-    m2 += other_m2 + delta * delta * (count * n / total);
-    count = total;
-  }
 };
 
 // Writes the statistics of one mean.

@@ -62,7 +62,7 @@ def block(inputs: int, outputs: int, norm: type[nn.Module] = nn.BatchNorm2d) -> 
     )
 
 
-X = torch.randn(2, 3, 12, 14)
+X = torch.randn(2, 3, 12, 14, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("name", ["unet-batch", "resnet-batch", "resnet-dropout", "local", "patchgan"])
@@ -193,16 +193,19 @@ def test_precision() -> None:
     net = nn.Sequential(block(3, 8), block(8, 16), nn.Conv2d(16, 3, 1))
     fast, low = p2pfast.optimize(net, mode="train"), p2pfast.optimize(net, mode="train", dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        results = [loss_of(fast, X), loss_of(copy.deepcopy(net), X)]
-    results.append(loss_of(low, X))
-    ours, plain, by_option = results
+        ours, plain = loss_of(fast, X), loss_of(copy.deepcopy(net), X)
+    by_option, exact = loss_of(low, X), loss_of(copy.deepcopy(net).double(), X.double())
     assert ours[0].dtype == plain[0].dtype == by_option[0].dtype == torch.bfloat16
     torch.testing.assert_close(ours[0], plain[0], rtol=5e-2, atol=5e-2)
-    for name in plain[1]:
+    for name, expected in exact[1].items():
         assert ours[1][name].dtype == by_option[1][name].dtype == torch.float32
         if not name.endswith("1.bias"):  # nothing but rounding, before a norm
-            a, b = ours[1][name], plain[1][name]
-            assert float((a - b).norm()) < 0.1 * float(b.norm()), name
+            # Beside each other they may be a fifth apart: in a sum over few pixels each is as far from exact.
+            of_ours, of_option, of_plain = (
+                float((found[1][name] - expected).norm() / expected.norm())
+                for found in (ours, by_option, plain)
+            )
+            assert max(of_ours, of_option) < 2 * of_plain + 0.05, name
     assert steps(fast) == steps(low) and len(steps(fast)) == 3
 
 

@@ -2,6 +2,7 @@
 
 #include "cpu/epilogue.h"
 #include "cpu/gather.h"
+#include "cpu/merged.h"
 #include "cpu/parallel.h"
 
 namespace p2pfast::P2PFAST_LEVEL {
@@ -121,19 +122,6 @@ void statistics(const StatisticsArgs& args) {
     if (c0 == 0) args.count[image * parts + part] = static_cast<float>(moments[0].count);
   });
 }
-
-// Chan's update in float64, in the fixed order of images and parts: the same answer at any number of
-// threads.
-struct Merged {
-  double count = 0, mean = 0, m2 = 0;
-  void add(double n, double other_mean, double other_m2) {
-    if (n == 0) return;
-    const double total = count + n, delta = other_mean - mean;
-    mean += delta * (n / total);
-    m2 += other_m2 + delta * delta * (count * n / total);
-    count = total;
-  }
-};
 
 void merge(const MergeArgs& args) {
   const int64_t stride = round_up(args.channels, 16);

@@ -9,13 +9,19 @@ from torch import Tensor
 from p2pfast import _C
 from p2pfast.ops.conv.activation import activation_code
 from p2pfast.ops.conv.prepared import Prepared, prepared, slot
-from p2pfast.ops.conv.source import describe_output, describe_source, readable
+from p2pfast.ops.conv.source import (
+    PADDING_MODES,
+    address,
+    describe_geometry,
+    describe_output,
+    describe_source,
+    readable,
+)
 from p2pfast.ops.gpu import require_triton
 from p2pfast.ops.pages import empty
 
 # In the order of the native enumerations (csrc/cpu/conv.h).
 ALGORITHMS = ("direct", "winograd", "winograd2", "streamed", "streamed2", "thin", "winograd6")
-PADDING_MODES = ("zeros", "reflect", "replicate")
 _DTYPES = (torch.float32, torch.bfloat16)
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST = 2**31 - 1
@@ -320,15 +326,11 @@ def run_conv(
     deferred = None if scale is None else scale.shape
     key = ("conv", layout, weight.shape, weight.dtype, bias is None, deferred, *common)
     addresses = (
-        *(inputs[0].data_ptr(), inputs[-1].data_ptr(), _address(scale), _address(shift)),
-        *(weight.data_ptr(), _address(bias), out.data_ptr()),
+        *(inputs[0].data_ptr(), inputs[-1].data_ptr(), address(scale), address(shift)),
+        *(weight.data_ptr(), address(bias), out.data_ptr()),
     )
     prepared(key, lambda: _prepare(inputs, weight, bias, scale, shift, out, *common)).run(addresses)
     return out
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def _prepare(
@@ -352,7 +354,6 @@ def _prepare(
     pairs: bool,
 ) -> Prepared:
     """``run_conv``'s call, of which the tensors' addresses are the slots."""
-    images, out_channels, out_height, out_width = shape
     kernel_h, kernel_w = weight.shape[2:]
     taps = kernel_h * kernel_w
     inputs_first = transposed != turned
@@ -365,19 +366,8 @@ def _prepare(
         first += t.shape[1]
     call: dict[str, Any] = {
         "sources": sources,
-        "images": images,
-        "height": inputs[0].shape[2],
-        "width": inputs[0].shape[3],
-        "out_height": out_height,
-        "out_width": out_width,
-        "out_channels": out_channels,
-        "kernel_h": kernel_h,
-        "kernel_w": kernel_w,
-        "stride": stride,
-        "pad_top": padding,
-        "pad_left": padding,
+        **describe_geometry(inputs[0], shape, (kernel_h, kernel_w), stride, padding, padding_mode),
         "transposed": transposed,
-        "pad": PADDING_MODES.index(padding_mode),
         "weight": slot(4),
         "weight_dtype": int(weight.dtype == torch.bfloat16),
         "weight_out_stride": taps if inputs_first else taps * weight.shape[1],

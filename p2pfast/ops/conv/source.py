@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# In the order of the native enumeration.
+PADDING_MODES = ("zeros", "reflect", "replicate")
+
+
+def address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def readable(x: Tensor) -> Tensor:
@@ -62,4 +70,29 @@ def describe_output(out: Tensor) -> dict[str, Any]:
         "row_stride": width * channels,
         "pixel_stride": channels,
         "dtype": int(out.dtype == torch.bfloat16),
+    }
+
+
+def describe_geometry(
+    x: Tensor,
+    out: Sequence[int],
+    kernel: Sequence[int],
+    stride: int,
+    padding: int,
+    padding_mode: str,
+) -> dict[str, Any]:
+    """A convolution's sizes, of an input and an output shape (N, C, H, W)."""
+    return {
+        "images": out[0],
+        "height": x.shape[2],
+        "width": x.shape[3],
+        "out_height": out[2],
+        "out_width": out[3],
+        "out_channels": out[1],
+        "kernel_h": kernel[0],
+        "kernel_w": kernel[1],
+        "stride": stride,
+        "pad_top": padding,
+        "pad_left": padding,
+        "pad": PADDING_MODES.index(padding_mode),
     }

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from p2pfast.ops.channels_last import channels_last
 from p2pfast.ops.conv.activation import activate, activation_code
-from p2pfast.ops.conv.op import PADDING_MODES
+from p2pfast.ops.conv.source import PADDING_MODES
 from p2pfast.ops.conv_norm_act import convolution
 from p2pfast.ops.conv_norm_act.convolution import Geometry
 from p2pfast.ops.conv_norm_act.pad import padded
@@ -196,10 +196,6 @@ def _composed(
     return norm_act(raw, *affine, *statistics, over_batch, options.eps, options.act, options.slope, residual)
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 class _ConvNormAct(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -215,7 +211,7 @@ class _ConvNormAct(torch.autograd.Function):
         options: _Options,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         given = None if bias is None else bias.to(x.dtype)
-        raw = _channels_last(convolution.forward(x, weight, given, options.geometry))
+        raw = channels_last(convolution.forward(x, weight, given, options.geometry), x.dtype)
         act, slope = options.act, options.slope
         nothing = raw.new_empty(0)
         kept: Tensor | None
@@ -287,7 +283,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         )
         of_norm_weight = None if norm_weight is None else dweight.to(norm_weight.dtype)
         of_norm_bias = None if norm_bias is None else dbias.to(norm_bias.dtype)
-    of_raw = _channels_last(of_raw)
+    of_raw = channels_last(of_raw, of_raw.dtype)
     of_bias = of_weight = of_x = None
     if needs[2]:
         # A norm on its own statistics takes out whatever was added to a whole channel.
@@ -296,7 +292,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if needs[0]:
         of_x = convolution.data_gradient(of_raw, ctx.size, weight, options.geometry)
     if needs[1]:
-        of_weight = convolution.weight_gradient(of_raw, _channels_last(x), weight, options.geometry)
+        of_weight = convolution.weight_gradient(of_raw, channels_last(x, x.dtype), weight, options.geometry)
     return of_x, of_weight, of_bias, of_norm_weight, of_norm_bias, of_residual, None, None, None
 
 

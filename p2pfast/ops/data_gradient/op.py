@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from p2pfast import _C
-from p2pfast.ops.conv.op import PADDING_MODES
 from p2pfast.ops.conv.prepared import Prepared, prepared, slot
-from p2pfast.ops.conv.source import describe_output, describe_source
+from p2pfast.ops.conv.source import describe_geometry, describe_output, describe_source
 from p2pfast.ops.pages import empty
 
 
@@ -41,20 +40,9 @@ def data_gradient(
 
 def _prepare(grad: Tensor, weight: Tensor, result: Tensor, padding: int, padding_mode: str) -> Prepared:
     """The call, of which the tensors' addresses are the slots."""
-    images, _, height, width = result.shape
     call = {
         "sources": [describe_source(result) | {"data": slot(2)}],
-        "images": images,
-        "height": height,
-        "width": width,
-        "out_height": grad.shape[2],
-        "out_width": grad.shape[3],
-        "out_channels": grad.shape[1],
-        "kernel_h": weight.shape[2],
-        "kernel_w": weight.shape[3],
-        "pad_top": padding,
-        "pad_left": padding,
-        "pad": PADDING_MODES.index(padding_mode),
+        **describe_geometry(result, grad.shape, weight.shape[2:], 1, padding, padding_mode),
         "weight": slot(1),
         "weight_dtype": int(weight.dtype == torch.bfloat16),
         "weight_out_stride": weight.stride(0),

@@ -248,9 +248,8 @@ Triton {triton.__version__}. These kernels have been compiled, and run in Triton
 references in float64; **they have not run on hardware**, and nothing here is a time.
 
 For each target: registers of a thread / bytes of shared memory of a block. *Load bits* is the widest load of
-a thread from global memory (128 is the most there is; odd sizes have less). Where a
-configuration spills registers, its cell says so. With the Triton of the tests none does:
-`tests/gpu_kernels/test_compile.py` sees to it."""
+a thread from global memory (128 is the most there is; odd sizes have less). Where a configuration spills
+registers, its cell says so; with the Triton of the tests none does (`tests/gpu_kernels/test_compile.py`)."""
     lines = [introduction]
     for operator in sorted({r.operator for r in results}):
         lines += ["", f"## {operator}", "", table([r for r in results if r.operator == operator])]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from p2pfast import _C
 from p2pfast.ops.conv.activation import activation_code
+from p2pfast.ops.conv.source import address
 from p2pfast.ops.gpu import require_triton
 from p2pfast.ops.norm.op import check_arguments
 from p2pfast.ops.norm_act.reference import norm_act_reference
@@ -118,10 +119,6 @@ def _triton() -> ModuleType:
     return kernels
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def _statistics_shape(x: Tensor, mean: Tensor | None, over_batch: bool) -> tuple[int, ...]:
     if mean is not None:
         return tuple(mean.shape)
@@ -180,7 +177,7 @@ def _run(
     _C.norm_act(
         backward=backward,
         x=x.data_ptr(),
-        residual=_address(residual),
+        residual=address(residual),
         dtype=int(x.dtype == torch.bfloat16),
         planes=planes,
         images=images,
@@ -189,8 +186,8 @@ def _run(
         over_batch=mean.dim() == 1,
         frozen=frozen,
         eps=eps,
-        weight=_address(weight),
-        bias=_address(bias),
+        weight=address(weight),
+        bias=address(bias),
         mean=mean.data_ptr(),
         variance=variance.data_ptr(),
         act=activation_code(act),
@@ -199,25 +196,9 @@ def _run(
     )
 
 
-@torch.library.custom_op("p2pfast::norm_act", mutates_args=(), device_types="cpu")
-def _norm_act(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    over_batch: bool,
-    eps: float,
-    act: str,
-    slope: float,
-    residual: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return run_norm_act(x, weight, bias, mean, variance, over_batch, eps, act, slope, residual)
-
-
-@_norm_act.register_kernel("cuda")
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return run_norm_act(*args)
+_norm_act = torch.library.custom_op(
+    "p2pfast::norm_act", run_norm_act, mutates_args=(), device_types=("cpu", "cuda")
+)
 
 
 @_norm_act.register_fake
@@ -310,29 +291,9 @@ def _run_backward(
     return dx, dweight, dbias, dresidual
 
 
-@torch.library.custom_op("p2pfast::norm_act_backward", mutates_args=(), device_types="cpu")
-def _norm_act_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    frozen: bool,
-    eps: float,
-    act: str,
-    slope: float,
-    residual: Tensor | None,
-    of_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _run_backward(
-        grad, x, weight, bias, mean, variance, frozen, eps, act, slope, residual, of_residual
-    )
-
-
-@_norm_act_backward.register_kernel("cuda")
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _run_backward(*args)
+_norm_act_backward = torch.library.custom_op(
+    "p2pfast::norm_act_backward", _run_backward, mutates_args=(), device_types=("cpu", "cuda")
+)
 
 
 @_norm_act_backward.register_fake

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from p2pfast import _C
-from p2pfast.ops.conv.op import PADDING_MODES
 from p2pfast.ops.conv.prepared import Prepared, prepared, slot
-from p2pfast.ops.conv.source import describe_output, describe_source, readable
+from p2pfast.ops.conv.source import describe_geometry, describe_output, describe_source, readable
 from p2pfast.ops.pages import empty
 
 # In the order of the native enumeration.
@@ -62,24 +61,11 @@ def _prepare(
     algorithm: str,
 ) -> Prepared:
     """The call, of which the tensors' addresses are the slots."""
-    images, channels, height, width = x.shape
-    _, outputs, out_height, out_width = grad.shape
     taps = kernel[0] * kernel[1]
     call = {
         "sources": [describe_source(x) | {"data": slot(1)}],
-        "images": images,
-        "height": height,
-        "width": width,
-        "out_height": out_height,
-        "out_width": out_width,
-        "out_channels": outputs,
-        "kernel_h": kernel[0],
-        "kernel_w": kernel[1],
-        "stride": stride,
-        "pad_top": padding,
-        "pad_left": padding,
-        "pad": PADDING_MODES.index(padding_mode),
-        "weight_out_stride": channels * taps,
+        **describe_geometry(x, grad.shape, kernel, stride, padding, padding_mode),
+        "weight_out_stride": x.shape[1] * taps,
         "weight_in_stride": taps,
         "out": describe_output(grad) | {"data": slot(0)},
     }

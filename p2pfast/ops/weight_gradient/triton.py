@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from p2pfast.ops.conv.gpu.configs import Config, Machine, machine, shared_bytes, with_depth
-from p2pfast.ops.conv.op import PADDING_MODES
+from p2pfast.ops.conv.source import PADDING_MODES
 from p2pfast.ops.gpu import Launch, Shipped, allows_tf32, channels_last, check_tensor, on_device
 from p2pfast.ops.gpu.device import dot, padded_index, rounded
 
