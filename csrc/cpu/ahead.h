@@ -25,6 +25,12 @@ class Ahead {
       lines_ += lines;
     }
   }
+  // `bytes` from there on.
+  void add(const char* from, int64_t bytes) {
+    if (runs_ == kMost) return;
+    run_[runs_++] = {from, ceil_div(bytes, 64)};
+    lines_ += run_[runs_ - 1].lines;
+  }
   // fetch() will be called `calls` times; nothing is fetched where it is more than `most` lines, which would
   // push out what is in use.
   void share_among(int64_t calls, int64_t most) {

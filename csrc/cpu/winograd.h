@@ -267,33 +267,40 @@ struct Winograd {
     }
   }
 
-  // The same with sorted weights of panels [c, c + width), transformed a row of points and `chunk` elements
-  // of the depth at a time into u, where they stay in the cache.
-  template <class U, class T>
-  void multiply_sorted(const float* v, int chunk, int64_t lda, int64_t v_point, int rows, const T* sorted,
+  // The same with sorted weights, transformed a row of points and `chunk` elements of the depth at a time
+  // into u. A chunk's weights stay in the cache for all rows of points. taps(c, channel, count, ahead) is
+  // where those of the panel at column c lie, `count` channels from `channel` on, and may say what it will
+  // read next.
+  template <class U, class Taps>
+  void multiply_sorted(const float* v, int chunk, int64_t lda, int64_t v_point, int rows, Taps&& taps,
                        int width, U* u, float* sums, int64_t sum_stride) const {
     const int64_t u_point = spread(static_cast<int64_t>(chunk) * width);
-    for (int i = 0; i < S::kPoints; ++i) {
-      for (int k0 = 0; k0 < depth; k0 += chunk) {
-        const int k = min2(chunk, depth - k0), channel = k0 * kValues<U>;
-        const int count = min2(k * kValues<U>, channels - channel);
-        for (int c = 0; c < width; c += kPanel) {
-          const int vectors = panel_vectors(width - c);
-          transform_any_row(
-              i, sorted + (static_cast<int64_t>(c) * channels + channel * vectors * kLanes) * kTaps2, count,
-              vectors, u + c * chunk, u_point);
-        }
-        const float* points = v + static_cast<int64_t>(k0 / chunk) * kPoints2 * v_point;
+    for (int k0 = 0; k0 < depth; k0 += chunk) {
+      const int k = min2(chunk, depth - k0), channel = k0 * kValues<U>;
+      const int count = min2(k * kValues<U>, channels - channel);
+      Ahead ahead;
+      decltype(taps(0, 0, 0, ahead)) from[kSortedPanels] = {};
+      for (int c = 0; c < width; c += kPanel) from[c / kPanel] = taps(c, channel, count, ahead);
+      ahead.share_among(kPoints2 * ceil_div(width, kPanel) * ceil_div(rows, kFetchRows), kAheadLines);
+      for (int i = 0; i < S::kPoints; ++i) {
+        for (int c = 0; c < width; c += kPanel)
+          transform_any_row(i, from[c / kPanel], count, panel_vectors(width - c), u + c * chunk, u_point);
 #pragma GCC unroll 1
         for (int j = 0; j < S::kPoints; ++j) {
           const int si = S::sum_of(i), sj = S::sum_of(j);
           const bool fresh = si == i && sj == j && k0 == 0;
-          const auto* from = reinterpret_cast<const Factor<U>*>(points + (i * S::kPoints + j) * v_point);
+          const auto* const point =
+              reinterpret_cast<const Factor<U>*>(v) +
+              (static_cast<int64_t>(k0 / chunk) * kPoints2 + i * S::kPoints + j) * v_point;
           for (int c = 0; c < width; c += kPanel) {
-            const U* now = u + j * u_point + c * chunk;
-            gemm_panel(
-                panel_vectors(width - c), rows, [=](int m) { return from + m * lda; }, now,
-                panel_of(sums, c, sum_stride) + (si * S::kSums + sj) * sum_stride, kPanel, k, !fresh, now);
+            auto row = [&](int m) {
+              if (m % kFetchRows == 0) ahead.fetch();
+              return point + m * lda;
+            };
+            // Weights are in the cache; the next point of the input may not be.
+            gemm_panel(panel_vectors(width - c), rows, row, u + j * u_point + c * chunk,
+                       panel_of(sums, c, sum_stride) + (si * S::kSums + sj) * sum_stride, kPanel, k, !fresh,
+                       reinterpret_cast<const U*>(point + v_point));
           }
         }
       }
@@ -558,10 +565,10 @@ struct Winograd {
   }
   int64_t stream_parts() const { return ceil_div(all_tiles(), kGroup); }
   // The input's points are kept in chunks of the depth, so that each product reads them in order. Sorted
-  // weights of 4x4 kernels are long, and so are their rows of points: shorter chunks stay in the cache.
+  // weights, a row of their points and the sums share the cache: shorter chunks.
   template <bool kSorted>
   static constexpr int stream_chunk() {
-    return kSorted && S::kTaps == 4 ? kDepth / 2 : kDepth;
+    return kSorted ? kDepth / 2 : kDepth;
   }
   template <bool kSorted>
   int64_t stream_lda() const {
@@ -578,7 +585,12 @@ struct Winograd {
     while (width > kPanel && ceil_div(out_channels, width) < 4 * threads) width -= kPanel;
     return width;
   }
-  static constexpr int kSortedWidth = 32;
+  static constexpr int kSortedWidth = 32, kSortedPanels = max2(1, kSortedWidth / kPanel);
+  // Values of a panel that are sorted at a time.
+  int64_t sorted_chunk() const {
+    const int64_t values = args.packed_dtype == Packed::kPairs ? 2 : 1;
+    return values * stream_chunk<true>() * kTaps2 * kPanel;
+  }
 
   struct StreamScratch {
     float *window, *sorted, *u, *sums;
@@ -587,7 +599,7 @@ struct Winograd {
   StreamScratch carve_stream(Carver& carver) const {
     const int64_t width = kSorted ? max2(kPanel, kSortedWidth) : round_up(block_group(), kPanel);
     const int64_t u = kSorted ? S::kPoints * spread(stream_chunk<kSorted>() * width) : 0;
-    const int64_t sorted = kSorted ? width * channels * kTaps2 : 0;
+    const int64_t sorted = kSorted ? kSortedPanels * sorted_chunk() : 0;
     return {carver.floats(kGatherFloats), carver.floats(sorted), carver.floats(u),
             carver.floats(width / kPanel * kSums2 * sum_stride(pass_tiles()))};
   }
@@ -657,9 +669,9 @@ struct Winograd {
         const int c = static_cast<int>(task) * task_width, width = min2(task_width, out_channels - c);
         const int count = static_cast<int>(end - begin);
         if constexpr (kSorted) {
-          with_sorted(scratch.sorted, c, width, [&](const auto* sorted) {
+          with_sorted(scratch.sorted, c, width, [&](auto&& taps) {
             with_transformed(scratch.u, [&](auto* u) {
-              multiply_sorted(v, stream_chunk<true>(), lda, v_stride, count, sorted, width, u, scratch.sums,
+              multiply_sorted(v, stream_chunk<true>(), lda, v_stride, count, taps, width, u, scratch.sums,
                               sums_stride);
             });
           });
@@ -676,21 +688,43 @@ struct Winograd {
     }
   }
 
-  // Calls f with the sorted weights of panels [c, c + width): kept ones, or sorted now.
+  // Calls f with the taps of multiply_sorted for panels [c0, c0 + width): kept ones, or sorted now.
   template <class F>
-  void with_sorted(float* scratch, int c, int width, F&& f) const {
-    const int64_t first = static_cast<int64_t>(c) * channels * kTaps2;
+  void with_sorted(float* scratch, int c0, int width, F&& f) const {
     if (!args.packed) {
-      for (int panel = 0; panel < width; panel += kPanel)
-        for (int k0 = 0; k0 < channels; k0 += kPart)
-          sort_panel(c + panel, k0, min2(kPart, channels - k0),
-                     scratch + static_cast<int64_t>(panel) * channels * kTaps2);
-      f(static_cast<const float*>(scratch));
+      f([=, this](int c, int channel, int count, Ahead& ahead) -> const float* {
+        const int row = kTaps2 * panel_vectors(width - c) * kLanes;
+        float* const to = scratch + c / kPanel * sorted_chunk();
+        for (int k = 0; k < count; k += kPart)
+          sort_any_weights(channel + k, min2(kPart, count - k), c0 + c, row / kTaps2 / kLanes,
+                           to + static_cast<int64_t>(k) * row);
+        fetch_weights(channel + count, count, c0 + c, ahead);
+        return to;
+      });
     } else if (args.packed_dtype == Packed::kFloat32) {
-      f(args.packed + first);
+      f(kept(args.packed, c0, width));
     } else {
-      f(reinterpret_cast<const bf16*>(args.packed) + first);
+      f(kept(reinterpret_cast<const bf16*>(args.packed), c0, width));
     }
+  }
+  template <class T>
+  auto kept(const T* sorted, int c0, int width) const {
+    return [=, this](int c, int channel, int, Ahead&) -> const T* {
+      const int columns = panel_vectors(width - c) * kLanes;
+      return sorted +
+             (static_cast<int64_t>(c0 + c) * channels + static_cast<int64_t>(channel) * columns) * kTaps2;
+    };
+  }
+  // Weights of a panel that will be sorted next. Sorting exchanged ones fetches for itself.
+  void fetch_weights(int k0, int count, int c, Ahead& ahead) const {
+    const int64_t size = args.weight_dtype == DType::kFloat32 ? 4 : 2;
+    count = min2(count, channels - k0);
+    if (count <= 0 || args.weight_in_stride != kTaps2) return;
+    const int end = min2(c + kPanel, args.out_channels);
+    for (; c < end; ++c)
+      ahead.add(static_cast<const char*>(args.weight) +
+                    size * (c * args.weight_out_stride + k0 * args.weight_in_stride),
+                size * count * kTaps2);
   }
 
   // Calls f with the place of transformed weights as what they become.
