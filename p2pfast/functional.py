@@ -17,6 +17,7 @@ from p2pfast.ops import autocast, gradients
 from p2pfast.ops.conv.activation import activate, activation_code
 from p2pfast.ops.conv.op import conv
 from p2pfast.ops.conv.source import PADDING_MODES
+from p2pfast.ops.conv_norm_act.geometry import Geometry
 from p2pfast.ops.conv_norm_act.op import conv_norm_act as training_layer
 from p2pfast.ops.cuda import native
 from p2pfast.ops.gpu import on_kernels
@@ -407,18 +408,22 @@ def _trained(
         not _has_kernels([x], weight, **geometry)
         or any(t.device != x.device or t.shape != (channels,) for t in vectors)
         or (frozen and (running[0] is None or running[1] is None))
-        or (residual is not None and (not _is_image(residual) or residual.shape[1] != channels))
+    ):
+        return None
+    stride, padding, output_padding = (geometry[name][0] for name in ("stride", "padding", "output_padding"))
+    layer = Geometry(stride, padding, output_padding, geometry["transposed"], geometry["padding_mode"])
+    # Another shape may be one that PyTorch expands.
+    if residual is not None and not (
+        _is_image(residual)
+        and residual.device == x.device
+        and residual.shape == layer.result_shape(x, weight)
     ):
         return None
     return training_layer(
         x,
         weight,
         bias,
-        stride=geometry["stride"][0],
-        padding=geometry["padding"][0],
-        output_padding=geometry["output_padding"][0],
-        transposed=geometry["transposed"],
-        padding_mode=geometry["padding_mode"],
+        **layer._asdict(),
         norm=norm or "none",
         norm_weight=affine[0],
         norm_bias=affine[1],

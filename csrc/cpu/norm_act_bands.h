@@ -129,7 +129,7 @@ P2PFAST_INLINE Normalized gradient(const Numbers<kVectors>& normalize, Lanes<kVe
                                    const T* x, const T* dy, const T* residual, Vec slope) {
   Normalized n = normalize(lanes.read(x, v), v);
   if constexpr (kResidual) n.z += lanes.read(residual, v);
-  n.z = lanes.read(dy, v) * derivative<kAct>(n.z, slope);
+  n.z = before_act<kAct>(lanes.read(dy, v), n.z, slope);
   return n;
 }
 
@@ -165,6 +165,7 @@ void piece_sums(const NormActArgs& a, const Piece& piece, int64_t image, float* 
 template <class T, Act kAct>
 void backward_piece(const NormActArgs& a, const Piece& piece, int64_t image, float share) {
   const Vec slope = splat(a.slope);
+  const bool frozen = a.frozen;  // zero times a sum or a value that is not finite would not be zero
   for_lanes(0, piece.count, [&]<int kVectors, bool kSome>(Lanes<kVectors, kSome> lanes, int64_t c) {
     const int64_t first = piece.first * a.channels + piece.channel + c;
     const int64_t at = (a.over_batch ? 0 : image * a.channels) + piece.channel + c;
@@ -182,8 +183,8 @@ void backward_piece(const NormActArgs& a, const Piece& piece, int64_t image, flo
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
           const Normalized n = gradient<kAct, kResidual>(normalize, lanes, v, x, dy, residual, slope);
-          lanes.write(dx, v,
-                      normalize.rstd[v] * normalize.weight[v] * (n.z - mean_dz[v] - n.x * mean_product[v]));
+          const Vec centered = frozen ? n.z : n.z - mean_dz[v] - n.x * mean_product[v];
+          lanes.write(dx, v, normalize.rstd[v] * normalize.weight[v] * centered);
           if (dresidual) lanes.write(dresidual, v, n.z);
         }
         if constexpr (kResidual) residual += a.channels;
@@ -296,7 +297,7 @@ void backward_bands(const NormActArgs& a) {
   const int64_t bands = ceil_div(a.pixels, kNormBand);
   float *const sums = norm_act_sums(a), *const products = norm_act_products(a);
   const double values = static_cast<double>(a.pixels) * static_cast<double>(a.over_batch ? a.images : 1);
-  const float share = a.frozen ? 0.0f : static_cast<float>(1.0 / values);
+  const auto share = static_cast<float>(1.0 / values);
   if (const int width = slab(a, a.residual ? 3 : 2)) {
     for_slabs(a, width, [&](int64_t first, int64_t end, int64_t channel, int count) {
       alignas(64) float sum[kSlab], product[kSlab];

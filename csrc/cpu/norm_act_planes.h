@@ -103,7 +103,7 @@ void add_plane_sums(const NormActArgs& a, int64_t image, int64_t channel, double
         const int64_t at = i + k * kLanes;
         Normalized n = normalize(load(x + at));
         if (residual) n.z += load(residual + at);
-        const Vec dz = load(dy + at) * derivative<kAct>(n.z, slope);
+        const Vec dz = before_act<kAct>(load(dy + at), n.z, slope);
         sums[k] += dz;
         products[k] += dz * n.x;
       }
@@ -117,7 +117,7 @@ void add_plane_sums(const NormActArgs& a, int64_t image, int64_t channel, double
     const int64_t n = min2<int64_t>(kLanes, a.pixels - i);
     Normalized v = normalize(load_some(x + i, n));
     if (residual) v.z += load_some(residual + i, n);
-    const Vec dz = load_some(dy + i, n) * derivative<kAct>(v.z, slope), p = dz * v.x;
+    const Vec dz = before_act<kAct>(load_some(dy + i, n), v.z, slope), p = dz * v.x;
     for (int64_t lane = 0; lane < n; ++lane) {
       sum += dz[lane];
       product += p[lane];
@@ -136,19 +136,20 @@ void backward_plane(const NormActArgs& a, int64_t image, int64_t channel, float 
   const OneChannel normalize = one_channel(a, image, channel);
   const Vec slope = splat(a.slope), m1 = splat(mean_dz), m2 = splat(mean_product);
   const Vec scale = normalize.rstd * normalize.weight;
+  const bool frozen = a.frozen;  // zero times a sum or a value that is not finite would not be zero
   int64_t i = 0;
   for (; i + kLanes <= a.pixels; i += kLanes) {
     Normalized n = normalize(load(x + i));
     if (residual) n.z += load(residual + i);
-    const Vec dz = load(dy + i) * derivative<kAct>(n.z, slope);
-    store(dx + i, scale * (dz - m1 - n.x * m2));
+    const Vec dz = before_act<kAct>(load(dy + i), n.z, slope);
+    store(dx + i, scale * (frozen ? dz : dz - m1 - n.x * m2));
     if (dresidual) store(dresidual + i, dz);
   }
   if (const int64_t rest = a.pixels - i; rest > 0) {
     Normalized n = normalize(load_some(x + i, rest));
     if (residual) n.z += load_some(residual + i, rest);
-    const Vec dz = load_some(dy + i, rest) * derivative<kAct>(n.z, slope);
-    store_some(dx + i, scale * (dz - m1 - n.x * m2), rest);
+    const Vec dz = before_act<kAct>(load_some(dy + i, rest), n.z, slope);
+    store_some(dx + i, scale * (frozen ? dz : dz - m1 - n.x * m2), rest);
     if (dresidual) store_some(dresidual + i, dz, rest);
   }
 }
@@ -161,7 +162,7 @@ void backward_planes(const NormActArgs& a) {
       add_plane_sums<T, kAct>(a, image, channel, sum, product);
     norm_act_sums(a)[at] = static_cast<float>(sum);
     norm_act_products(a)[at] = static_cast<float>(product);
-    const double count = a.frozen ? 0.0 : 1.0 / static_cast<double>((end - first) * a.pixels);
+    const double count = 1.0 / static_cast<double>((end - first) * a.pixels);
     for (int64_t image = first; image < end; ++image)
       backward_plane<T, kAct>(a, image, channel, static_cast<float>(sum * count),
                               static_cast<float>(product * count));

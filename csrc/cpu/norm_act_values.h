@@ -15,26 +15,27 @@ P2PFAST_INLINE Vec apply_act(Vec z, Vec slope) {
   return finish(z, kAct, slope[0]);
 }
 
-// As PyTorch: zero is on the negative side.
+// The gradient before an activation of z from the one after it. As in PyTorch zero is on the negative side,
+// and relu drops what is not finite there.
 template <Act kAct>
-P2PFAST_INLINE Vec derivative(Vec z, Vec slope) {
+P2PFAST_INLINE Vec before_act(Vec dy, Vec z, Vec slope) {
   const Vec one = splat(1.0f);
-  if constexpr (kAct == Act::kRelu) return z > 0.0f ? one : Vec{};
-  if constexpr (kAct == Act::kLeaky) return z > 0.0f ? one : slope;
+  if constexpr (kAct == Act::kRelu) return z <= 0.0f ? Vec{} : dy;
+  if constexpr (kAct == Act::kLeaky) return dy * (z > 0.0f ? one : slope);
   if constexpr (kAct == Act::kTanh) {
     const Vec y = tanh_vec(z);
-    return 1.0f - y * y;
+    return dy * (1.0f - y * y);
   }
   if constexpr (kAct == Act::kSigmoid) {
     const Vec y = sigmoid_vec(z);
-    return y * (1.0f - y);
+    return dy * (y * (1.0f - y));
   }
-  if constexpr (kAct == Act::kElu) return z > 0.0f ? one : slope * exp_vec(z);
+  if constexpr (kAct == Act::kElu) return dy * (z > 0.0f ? one : slope * exp_vec(z));
   if constexpr (kAct == Act::kSilu) {
     const Vec y = sigmoid_vec(z);
-    return y + z * y * (1.0f - y);
+    return dy * (y + z * y * (1.0f - y));
   }
-  return one;
+  return dy;
 }
 
 struct Normalized {

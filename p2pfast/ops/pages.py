@@ -46,7 +46,7 @@ def scratch(size: int, place: int = 0) -> torch.Tensor:
     held = _scratch.__dict__.setdefault("held", {})
     found: torch.Tensor | None = held.get(place)
     if found is None or found.nbytes < size:
-        found = in_large_pages(torch.empty(max(size, 1), dtype=torch.uint8))
+        found = in_large_pages(torch.empty(max(size, 1), dtype=torch.uint8, device="cpu"))
         if size <= _KEPT:
             held[place] = found
     return found

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from p2pfast import _C
 from p2pfast.ops.cuda import has_kernel, launch, native, require_kernel
 from p2pfast.ops.pages import empty_like
 from p2pfast.ops.threads import use_torch_threads
+from p2pfast.ops.twice import differentiable_gradients
 
 # In the order of the native enumeration (csrc/cpu/pointwise_loss.h).
 LOSSES = ("logistic", "square", "hinge", "linear", "absolute_difference", "squared_difference")
@@ -132,10 +134,11 @@ _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # what outlives a
 
 
 def is_direct(tensors: Sequence[Tensor]) -> bool:
-    """Whether ``direct_loss`` does: plain CPU tensors of its dtypes that nobody traces or transforms."""
+    """Whether a native call does without the dispatcher: plain CPU tensors of its dtypes that nobody traces
+    or transforms. Autocast is the caller's affair."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False
     for x in tensors:
         if type(x) not in _PLAIN or not x.is_cpu or x.dtype not in TYPES or _is_wrapped(x):
@@ -177,7 +180,7 @@ class DirectLoss(torch.autograd.Function):
         given, saved = ctx.given, ctx.saved_tensors
         count = len(given.weights)
         if torch.is_grad_enabled():
-            return None, *differentiable(given.reference, saved[:count], upstream)
+            return None, *differentiable_gradients(lambda *x: given.reference(x), saved[:count], upstream)
         gradients = saved[count:]
         plain = type(upstream) is Tensor and upstream.is_cpu
         if plain and upstream.item() == 1.0 and torch.float16 not in map(_DTYPE, gradients):
@@ -215,14 +218,3 @@ def _scaled_on_cuda(gradients: Sequence[Tensor], missing: Sequence[float], upstr
     ]
     launch("pointwise_scale", upstream.device, parts=parts, factor=upstream.data_ptr())
     return results
-
-
-def differentiable(
-    reference: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor, *args: Any
-) -> list[Tensor | None]:
-    """Gradients of ``reference(inputs, *args)`` that can be differentiated again."""
-    with torch.enable_grad():
-        loss = reference(inputs, *args)
-    wanted = [x for x in inputs if x.requires_grad]
-    found = iter(torch.autograd.grad(loss, wanted, upstream, create_graph=True, allow_unused=True))
-    return [next(found) if x.requires_grad else None for x in inputs]

@@ -73,7 +73,7 @@ class CudaStreams:
         return tensor.to(self.device, non_blocking=True)
 
     def download(self, tensor: Tensor) -> Tensor:
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
 
 
@@ -140,7 +140,7 @@ def stacked(arrays: list[NDArray], device: torch.device) -> Tensor:
     if device.type != "cuda":
         return torch.from_numpy(np.stack(arrays))
     first = torch.from_numpy(arrays[0])
-    batch = torch.empty(len(arrays), *first.shape, dtype=first.dtype, pin_memory=True)
+    batch = torch.empty(len(arrays), *first.shape, dtype=first.dtype, device="cpu", pin_memory=True)
     for place, array in zip(batch, arrays, strict=True):
         place.copy_(torch.from_numpy(array))
     return batch

@@ -107,7 +107,7 @@ class Builder:
         self, size: int, parameters: Callable[[], list[torch.Tensor]], fill: Callable[[torch.Tensor], Any]
     ) -> Address:
         """``size`` floats derived from parameters, kept outside the arena."""
-        tensor = torch.zeros(size + 16)
+        tensor = torch.zeros(size + 16, device="cpu")
         start = (-tensor.data_ptr() // 4) % 16
         view = tensor[start : start + size]
         self.plan.keep.append(tensor)

@@ -312,14 +312,14 @@ class _Memory:
         name = f"{name}-{dtype}"
         block = self.blocks.get(name)
         if block is None or block.numel() < count + 32:
-            block = in_large_pages(torch.empty(count + 32, dtype=dtype)).fill_(1)
+            block = in_large_pages(torch.empty(count + 32, dtype=dtype, device="cpu")).fill_(1)
             self.blocks[name] = block
         return -(-block.data_ptr() // 64) * 64
 
     def evict(self) -> None:
         """Empties the caches of weights, which a network's other layers would have pushed out."""
         if "cold" not in self.blocks:
-            self.blocks["cold"] = torch.ones(12 << 20)
+            self.blocks["cold"] = torch.ones(12 << 20, device="cpu")
         _pass_over(self.blocks["cold"])
 
     def touch(self, name: str) -> None:

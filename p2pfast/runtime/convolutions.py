@@ -166,7 +166,7 @@ class Convolutions(Tensors):
         key = self._pack_key(path, chosen, args)
         entry = self.packs.get(key)
         if entry is None:
-            tensor = in_large_pages(torch.empty(floats + 16))
+            tensor = in_large_pages(torch.empty(floats + 16, device="cpu"))
             start = (-tensor.data_ptr() // 4) % 16
             view = tensor[start : start + floats]
             template = {**args, "bias": 0, "partial": 0, "count": 0}

@@ -108,7 +108,7 @@ class CpuEngine(Engine):
         results = []
         for result in plan.results:
             layout = torch.channels_last if result.channels_last else torch.contiguous_format
-            tensor = torch.empty(result.shape, dtype=self.dtype, memory_format=layout)
+            tensor = torch.empty(result.shape, dtype=self.dtype, device="cpu", memory_format=layout)
             slots[result.slot] = tensor.data_ptr()
             results.append(tensor)
 

@@ -87,7 +87,7 @@ def readable(size: int) -> str:
 def allocate(size: int, what: str) -> torch.Tensor:
     """``size`` uninitialised bytes; raises OutOfMemory where there are none."""
     try:
-        return in_large_pages(torch.empty(size, dtype=torch.uint8))
+        return in_large_pages(torch.empty(size, dtype=torch.uint8, device="cpu"))
     except RuntimeError as error:
         raise OutOfMemory(
             f"{what} of {readable(size)} cannot be allocated; give optimize a memory_limit below the memory "

@@ -275,7 +275,7 @@ class Planner(Convolutions, LabelConvolutions):
 
         def draw(values: dict[str, Any]) -> None:
             # As PyTorch's dropout does, so that the same seed gives the same mask.
-            values[name] = torch.empty(shape, dtype=dtype).bernoulli_(keep).div_(keep).float()
+            values[name] = torch.empty(shape, dtype=dtype, device="cpu").bernoulli_(keep).div_(keep).float()
 
         self.plan.foreign.append(Foreign(draw, self.step))
         n, c, h, w = shape

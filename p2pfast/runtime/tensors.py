@@ -230,7 +230,7 @@ class Gathering:
         """The address of the counts; of memory outside the arena where they are known."""
         if not self.known:
             return self.planner._at(self.count)
-        counts = torch.tensor(self.known[: self.parts] * self.images)
+        counts = torch.tensor(self.known[: self.parts] * self.images, device="cpu")
         self.planner.plan.keep.append(counts)
         address = counts.data_ptr()
         return lambda: address

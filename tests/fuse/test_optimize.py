@@ -176,6 +176,17 @@ def test_live_dropout_draws_what_pytorch_draws() -> None:
     assert relative(fast(x), answers[0]) > 1e-3
 
 
+@pytest.mark.parametrize("name", ["resnet-dropout", "unet-batch", "local"])
+def test_another_default_device(name: str) -> None:
+    net, (x,) = make(name)
+    answers = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            torch.manual_seed(11)
+            answers.append(p2pfast.optimize(net)(x))
+    assert torch.equal(*answers)
+
+
 class Quirky(nn.Module):
     """A generator from somebody's repository: in-place changes, functional forms, several outputs."""
 

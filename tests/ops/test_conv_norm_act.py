@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -448,6 +449,81 @@ def test_double_backward() -> None:
         assert (a - b).norm() <= 1e-4 * b.norm()
 
 
+@pytest.mark.parametrize("norm", ["none", "instance"])
+def test_gradients_of_a_block_can_be_differentiated(norm: str) -> None:
+    """Its input is its residual too, and its layers share a weight and the norm's parameters."""
+    shapes = {"x": (2, 8, 6, 7), "weight": (8, 8, 3, 3), "gain": (8,), "bias": (8,)}
+    given = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    found = []
+    for function, dtype in ((conv_norm_act, torch.float32), (conv_norm_act_reference, torch.float64)):
+        x, weight, gain, bias = inputs = [t.to(dtype).requires_grad_() for t in given.values()]
+        affine = {"norm": norm, "norm_weight": gain, "norm_bias": bias} if norm != "none" else {"bias": bias}
+        first = function(x, weight, padding=1, act="tanh", **affine)
+        y = function(first, weight, padding=1, act="silu", residual=first, **affine)
+        y = function(y, weight, padding=1, act="leaky_relu", slope=0.2, residual=first, **affine)
+        if norm == "none":
+            del inputs[2]
+        once = torch.autograd.grad(y.cos().sum(), inputs, create_graph=True)
+        twice = torch.autograd.grad(sum(g.square().sum() for g in once), inputs)
+        found.append((*once, *twice))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).detach().norm() <= 2e-4 * b.detach().norm()
+
+
+@pytest.mark.parametrize("act", ["none", "relu"])
+@pytest.mark.parametrize("norm", ["none", "instance"])
+def test_only_the_residual_needs_a_gradient(norm: str, act: str) -> None:
+    x, weight = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 3, 3)
+    residual = torch.randn(1, 4, 5, 5, requires_grad=True)
+    y = conv_norm_act(x, weight, padding=1, norm=norm, act=act, residual=residual)
+    (first,) = torch.autograd.grad(y.square().sum(), residual, create_graph=True)
+    torch.testing.assert_close(first, 2 * y)
+    (second,) = torch.autograd.grad(first.sum(), residual)
+    torch.testing.assert_close(second, 2.0 * (torch.ones_like(y) if act == "none" else y > 0))
+
+
+def test_inputs_of_other_sizes_with_results_of_one_size() -> None:
+    """What was chosen for one is not taken for the other, whose gradient may have other ways."""
+    weight = torch.randn(24, 24, 4, 4, requires_grad=True)
+    for width in (16, 17, 16):
+        x = torch.randn(1, 24, 16, width, requires_grad=True)
+        y = conv_norm_act(x, weight, stride=2, padding=1)
+        got = torch.autograd.grad(y.square().sum(), (x, weight))
+        expected = conv_norm_act_reference(x, weight, stride=2, padding=1)
+        for a, b in zip(got, torch.autograd.grad(expected.square().sum(), (x, weight)), strict=True):
+            assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+def test_a_view_of_the_input_is_kept_itself() -> None:
+    x, weight = torch.randn(1, 8, 6, 6, requires_grad=True), torch.randn(8, 8, 3, 3)
+    found = []
+    for function in (conv_norm_act, conv_norm_act_reference):
+        y = function(x, weight, padding=1, norm="instance", act="relu")
+        turned = y.transpose(2, 3)
+        y = function(y, weight, padding=1, norm="instance", act="relu", residual=turned)
+        found.append(torch.autograd.grad((y * torch.arange(36.0).view(6, 6)).sum(), x)[0])
+    assert (found[0] - found[1]).norm() <= 1e-4 * found[1].norm()
+
+
+def test_another_default_device() -> None:
+    x, weight = torch.randn(1, 8, 6, 6, requires_grad=True), torch.randn(8, 8, 3, 3, requires_grad=True)
+    found = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            y = conv_norm_act(x, weight, padding=1, norm="instance", act="relu")
+            y = join([y, y], "relu")
+            found.append((y, *torch.autograd.grad(y.sum(), (x, weight))))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_forward_mode_is_refused() -> None:
+    x, weight = torch.randn(1, 8, 6, 6), torch.randn(8, 8, 3, 3)
+    for memory_format in FORMATS:
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode AD"):
+            dual = forward_ad.make_dual(x.contiguous(memory_format=memory_format), torch.ones_like(x))
+            conv_norm_act(dual, weight, norm="instance")
+
+
 def test_a_changed_norm_parameter_is_noticed() -> None:
     weight, gain = torch.randn(4, 4, 3, 3, requires_grad=True), torch.ones(4, requires_grad=True)
     y = conv_norm_act(torch.randn(1, 4, 8, 8), weight, norm="instance", norm_weight=gain)
@@ -512,6 +588,18 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"use_running": True, "norm": "batch"}, "use_running is True"),
     ({"x": torch.zeros(0, 4, 5, 5)}, "x has shape"),
     ({"act": "mish"}, "act is 'mish'"),
+    ({"weight": torch.zeros(4, 2, 3, 3)}, r"weight has shape \(4, 2, 3, 3\); \(out_channels, 4"),
+    ({"weight": torch.zeros(8, 4, 3, 3), "transposed": True}, r"\(4, out_channels"),
+    ({"weight": torch.zeros(4, 4, 3)}, "weight has shape"),
+    ({"weight": torch.zeros(4, 4, 7, 7)}, "would give an output of -1x-1"),
+    ({"bias": torch.zeros(1)}, r"bias has shape \(1,\); \(4,\)"),
+    ({"norm": "batch", "norm_weight": torch.zeros(5)}, "norm_weight has shape"),
+    ({"norm": "batch", "running_mean": torch.zeros(1, 4)}, "running_mean has shape"),
+    ({"residual": torch.zeros(1, 4, 1, 1)}, r"residual has shape \(1, 4, 1, 1\), the result \(1, 4, 3, 3\)"),
+    ({"bias": torch.zeros(4, device="meta")}, "bias is on meta"),
+    ({"padding": 5, "padding_mode": "reflect"}, "reflection needs it below"),
+    ({"stride": 0}, "stride is 0"),
+    ({"output_padding": 1}, "output_padding 1"),
 ]
 
 

@@ -118,6 +118,16 @@ def test_double_backward() -> None:
     torch.testing.assert_close(second, torch.full_like(fake, 2 / 12))
 
 
+def test_double_backward_where_one_input_comes_from_another() -> None:
+    found = []
+    real = [torch.zeros(3, 4)] * 2
+    for function in (feature_matching, feature_matching_reference):
+        x = torch.linspace(-2, 2, 12).view(3, 4).requires_grad_()
+        (first,) = torch.autograd.grad(function([x, x.sin()], real, [1.0, 2.0], True), x, create_graph=True)
+        found.append((first, *torch.autograd.grad(first.square().sum(), x)))
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_opcheck() -> None:
     for dtype in DTYPES:
         torch.library.opcheck(_feature_matching, (*pairs(dtype, dtype), WEIGHTS, False, True))

@@ -145,6 +145,15 @@ def test_double_backward() -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
+def test_double_backward_where_one_input_comes_from_another() -> None:
+    found = []
+    for function in (gan_loss, gan_loss_reference):
+        x = torch.linspace(-2, 2, 12).view(3, 4).requires_grad_()
+        (first,) = torch.autograd.grad(function([x, x.sin()], "logistic", 0.9), x, create_graph=True)
+        found.append((first, *torch.autograd.grad(first.square().sum(), x)))
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_opcheck() -> None:
     for dtype in DTYPES:
         torch.library.opcheck(_gan_loss, (scales(dtype), "square", 1.0, 1.0, True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -204,6 +205,46 @@ def test_double_backward() -> None:
             first = torch.autograd.grad((y**2).sum(), inputs, create_graph=True)
             found.append(torch.autograd.grad(sum((g**2).sum() for g in first), inputs))
         torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_through_the_residual_can_be_differentiated() -> None:
+    found = []
+    for function in (lambda *a, **k: norm_act(*a, **k)[0], norm_act_reference):
+        residual = torch.linspace(-1, 1, 120).view(2, 3, 4, 5).requires_grad_()
+        y = function(residual.sin() + residual.flip(3), act="tanh", residual=residual)
+        (first,) = torch.autograd.grad(y.square().sum(), residual, create_graph=True)
+        found.append((first, *torch.autograd.grad(first.square().sum(), residual)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "tanh"])
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_frozen_statistics_keep_infinities_where_they_are(
+    cpu_level: str, memory_format: torch.memory_format, act: str
+) -> None:
+    """Every gradient is that of one value; sizes of one task, and of several."""
+    for size in ((2, 20, 5, 7), (1, 3, 130, 130)):
+        values = torch.randn(size).contiguous(memory_format=memory_format)
+        values[0, 1, 2, 3] = math.inf
+        x, grad = values.requires_grad_(), torch.randn(size)
+        grad[0, 0, 1, 1], grad[0, 2, 1, 1] = math.inf, math.nan
+        given = None, None, torch.randn(size[1]), torch.rand(size[1]) + 0.5
+        (got,) = torch.autograd.grad(norm_act(x, *given, act=act)[0], x, grad)
+        (want,) = torch.autograd.grad(norm_act_reference(x, *given, act=act), x, grad)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_a_value_that_is_no_number_passes_its_gradient_as_in_pytorch(cpu_level: str) -> None:
+    x = torch.tensor([math.nan, -1.0, 0.0, 3.0]).view(1, 1, 2, 2).requires_grad_()
+    frozen = None, None, torch.zeros(1), torch.ones(1)
+    grad = torch.autograd.grad(norm_act(x, *frozen, eps=0.0, act="relu")[0].sum(), x)[0]
+    assert torch.equal(grad, torch.autograd.grad(x.relu().sum(), x)[0])
+
+
+@pytest.mark.parametrize("grown", [False, True])
+def test_autocast_lowers_with_and_without_gradients(grown: bool) -> None:
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grown):
+        assert norm_act(torch.randn(1, 3, 4, 5))[0].dtype == torch.bfloat16
 
 
 def test_float16() -> None:

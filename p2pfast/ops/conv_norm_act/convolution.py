@@ -39,9 +39,10 @@ def _own(x: Tensor) -> ModuleType | None:
     return on_gpu
 
 
-def _key(kind: str, x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[object, ...]:
+def _key(kind: str, x: Tensor, weight: Tensor, geometry: Geometry, *rest: object) -> tuple[object, ...]:
+    """What the ways and their times depend on; ``rest`` is what the other arguments leave open."""
     dtypes = x.dtype, weight.dtype
-    return kind, tuple(x.shape), in_channels_last(x), tuple(weight.shape), *dtypes, geometry
+    return kind, tuple(x.shape), in_channels_last(x), tuple(weight.shape), *dtypes, geometry, *rest
 
 
 def _readable(weight: Tensor, x: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ def library_has_bfloat16() -> bool:
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """The convolution of x (N, C, H, W), in x's dtype and memory format."""
     g, weight = geometry, _readable(weight, x)
-    shape, kernels = _out_shape(x, weight, g), _own(x)
+    shape, kernels = g.result_shape(x, weight), _own(x)
 
     def library() -> Tensor:
         source = padded(x, g.padding, g.padding_mode)
@@ -132,20 +133,11 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) 
     return _fastest(_key("forward", x, weight, g), run, names, x)
 
 
-def _out_shape(x: Tensor, weight: Tensor, g: Geometry) -> tuple[int, int, int, int]:
-    height, width = (
-        (s - 1) * g.stride - 2 * g.padding + k + g.output_padding
-        if g.transposed
-        else (s + 2 * g.padding - k) // g.stride + 1
-        for s, k in zip(x.shape[2:], weight.shape[2:], strict=True)
-    )
-    return x.shape[0], weight.shape[1 if g.transposed else 0], height, width
-
-
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient for the weight, in its dtype, from the output's gradient and the input."""
     run, names = _weight_gradient(grad, x, weight, geometry)
-    found = _fastest(_key("weight", grad, weight, geometry), run, names, grad)
+    rest = *x.shape[2:], in_channels_last(x), x.dtype
+    found = _fastest(_key("weight", grad, weight, geometry, *rest), run, names, grad)
     return found.to(weight.dtype)
 
 
@@ -211,7 +203,7 @@ def data_gradient(grad: Tensor, size: torch.Size, weight: Tensor, geometry: Geom
     """The gradient for the input of shape ``size``."""
     weight = _readable(weight, grad)  # autocast's float32 ones are no other kind of layer
     run, names = _data_gradient(grad, size, weight, geometry)
-    return _fastest(_key("data", grad, weight, geometry), run, names, grad)
+    return _fastest(_key("data", grad, weight, geometry, *size[2:]), run, names, grad)
 
 
 def data_gradient_ways(

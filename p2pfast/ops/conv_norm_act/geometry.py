@@ -15,6 +15,16 @@ class Geometry(NamedTuple):
     transposed: bool
     padding_mode: str
 
+    def result_shape(self, x: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
+        """(N, Cout, H', W') for x (N, C, H, W)."""
+        height, width = (
+            (s - 1) * self.stride - 2 * self.padding + k + self.output_padding
+            if self.transposed
+            else (s + 2 * self.padding - k) // self.stride + 1
+            for s, k in zip(x.shape[2:], weight.shape[2:], strict=True)
+        )
+        return x.shape[0], weight.shape[1 if self.transposed else 0], height, width
+
     @property
     def zeros(self) -> int:
         """Padding that the convolution itself adds."""

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from p2pfast.ops.channels_last import channels_last
 from p2pfast.ops.conv.activation import activate, activation_code
-from p2pfast.ops.conv.source import PADDING_MODES
 from p2pfast.ops.conv_norm_act import convolution
+from p2pfast.ops.conv_norm_act.check import NORMS, check_geometry, check_rest
 from p2pfast.ops.conv_norm_act.convolution import Geometry
 from p2pfast.ops.conv_norm_act.pad import padded
 from p2pfast.ops.conv_norm_act.recipe import NormRecipe, kept_as_recipes, recipe_of, versions
@@ -17,8 +17,7 @@ from p2pfast.ops.conv_norm_act.reference import conv_norm_act_reference, update_
 from p2pfast.ops.gradients import activation_gradient, from_output
 from p2pfast.ops.lowering import without_autocast
 from p2pfast.ops.norm_act.op import is_fused, norm_act, norm_act_backward
-
-NORMS = ("none", "instance", "batch")
+from p2pfast.ops.twice import differentiable_gradients
 
 
 @dataclass
@@ -117,18 +116,13 @@ def conv_norm_act(
     """
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}; choose one of {', '.join(NORMS)}")
-    if padding_mode not in PADDING_MODES:
-        raise ValueError(f"padding_mode is {padding_mode!r}; choose one of {', '.join(PADDING_MODES)}")
-    if transposed and padding_mode != "zeros":
-        raise ValueError(f"padding_mode is {padding_mode!r}; a transposed convolution has only 'zeros'")
     if use_running and (norm == "none" or running_mean is None or running_var is None):
         raise ValueError("use_running is True; it needs a norm, running_mean and running_var")
-    if x.dim() != 4 or x.numel() == 0:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}; a filled (images, channels, height, width) is expected"
-        )
     activation_code(act)
     geometry = Geometry(stride, padding, output_padding, transposed, padding_mode)
+    vectors = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    vectors |= {"running_mean": running_mean, "running_var": running_var}
+    check_rest(x, weight, check_geometry(x, weight, geometry), vectors, residual)
     options = _Options(geometry, norm, eps, use_running, act, slope)
     statistics = (running_mean, running_var) if use_running else (None, None)
 
@@ -298,14 +292,15 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Through PyTorch's autograd, so that it can be differentiated again."""
-    weight, bias, norm_weight, norm_bias, residual, _, mean, variance, x = ctx.saved_tensors
-    inputs = [x, weight, bias, norm_weight, norm_bias, residual]
+    *parameters, residual, _, mean, variance, x = ctx.saved_tensors
+
+    def reference(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Tensor | None) -> Tensor:
+        lowered = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        result: Tensor = ctx.options.reference(x, *lowered, *rest, mean, variance)
+        return result
+
     with without_autocast(grad.device.type):
-        lowered = [None if t is None else t.to(x.dtype) for t in (weight, bias)]
-        y = ctx.options.reference(x, *lowered, *inputs[3:], mean, variance)
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
-    gradients = [next(found) if t is not None and t.requires_grad else None for t in inputs]
+        *given, given_residual = differentiable_gradients(reference, [x, *parameters, residual], grad)
     if ctx.has_residual and residual is None:
-        gradients[5] = grad
-    return *gradients, None, None, None
+        given_residual = grad
+    return *given, given_residual, None, None, None

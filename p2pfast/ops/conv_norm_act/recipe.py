@@ -40,18 +40,23 @@ def kept_as_recipes(
     """Within it, autograd keeps the recipe where it would keep the tensor. What it unpacks has the tensor's
     place in the graph, so that a gradient can be differentiated."""
     # Not the tensors themselves: autograd keeps the functions.
-    known = {(x.data_ptr(), x.shape): recipe for x, recipe in recipes if recipe is not None}
+    known = {_identity(x): recipe for x, recipe in recipes if recipe is not None}
     if not known:
         return contextlib.nullcontext()
 
     def pack(t: Tensor) -> Tensor | _Kept:
-        recipe = known.get((t.data_ptr(), t.shape))
+        recipe = known.get(_identity(t))
         return t if recipe is None else _Kept(recipe)
 
     def unpack(kept: Tensor | _Kept) -> Tensor:
         return kept.recipe.make() if isinstance(kept, _Kept) else kept
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _identity(t: Tensor) -> tuple[object, ...]:
+    """Tells apart tensors of different values, views of the same memory among them."""
+    return t.data_ptr(), t.shape, t.stride(), t.dtype, t.is_neg(), t.is_conj()
 
 
 @dataclass

@@ -10,7 +10,6 @@ from p2pfast.ops.feature_matching.reference import feature_matching_reference
 from p2pfast.ops.pointwise import (
     Sum,
     check_devices,
-    differentiable,
     direct_loss,
     fake_pointwise,
     gradient_weights,
@@ -20,6 +19,7 @@ from p2pfast.ops.pointwise import (
     run_pointwise_on_cuda,
     scaled,
 )
+from p2pfast.ops.twice import differentiable_gradients
 
 
 def _check(fake: Sequence[Tensor], real: Sequence[Tensor], weights: Sequence[float]) -> None:
@@ -132,10 +132,10 @@ def _backward(ctx: Any, upstream: Tensor | None, _: object) -> tuple[Any, ...]:
     nothing = [None] * n
     if torch.is_grad_enabled():
 
-        def reference(x: Sequence[Tensor]) -> Tensor:
+        def reference(*x: Tensor) -> Tensor:
             return feature_matching_reference(x, real, ctx.weights, ctx.squared)
 
-        return differentiable(reference, fake, upstream), nothing, *(None,) * 3
+        return differentiable_gradients(reference, fake, upstream), nothing, *(None,) * 3
     missing = gradient_weights(fake, _mean_weights(fake, ctx.weights))
     return scaled(gradients, missing, upstream), nothing, *(None,) * 3
 

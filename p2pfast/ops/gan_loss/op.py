@@ -10,7 +10,6 @@ from p2pfast.ops.gan_loss.reference import gan_loss_reference
 from p2pfast.ops.pointwise import (
     Sum,
     check_devices,
-    differentiable,
     direct_loss,
     fake_pointwise,
     gradient_weights,
@@ -20,6 +19,7 @@ from p2pfast.ops.pointwise import (
     run_pointwise_on_cuda,
     scaled,
 )
+from p2pfast.ops.twice import differentiable_gradients
 
 _LOSSES = ("logistic", "square", "hinge", "linear")
 
@@ -113,7 +113,11 @@ def _backward(ctx: Any, upstream: Tensor | None, _: object) -> tuple[Any, ...]:
         return (None,) * 5
     predictions, gradients = ctx.saved_tensors[: ctx.scales], ctx.saved_tensors[ctx.scales :]
     if torch.is_grad_enabled():
-        return differentiable(gan_loss_reference, predictions, upstream, *ctx.arguments), *(None,) * 4
+
+        def reference(*x: Tensor) -> Tensor:
+            return gan_loss_reference(x, *ctx.arguments)
+
+        return differentiable_gradients(reference, predictions, upstream), *(None,) * 4
     missing = gradient_weights(predictions, _weights(predictions, ctx.arguments[-1]))
     return scaled(gradients, missing, upstream), *(None,) * 4
 

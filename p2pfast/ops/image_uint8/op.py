@@ -64,7 +64,7 @@ def image_uint8(x: Tensor, tanh: bool = False) -> Tensor:
         TypeError: another dtype.
         ValueError: not four dimensions, or not 1 to 4 channels.
     """
-    out = torch.empty(_check(x), dtype=torch.uint8)
+    out = torch.empty(_check(x), dtype=torch.uint8, device="cpu")
     use_torch_threads()
     _C.image_uint8(**_numbers(x.detach(), tanh, out))
     return out

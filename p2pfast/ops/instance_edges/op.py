@@ -69,7 +69,7 @@ def instance_edges(ids: Tensor) -> Tensor:
         ValueError: fewer than two dimensions.
     """
     rows = _rows(ids)
-    edges = torch.empty(ids.shape, dtype=torch.uint8)
+    edges = torch.empty(ids.shape, dtype=torch.uint8, device="cpu")
     use_torch_threads()
     _C.instance_edges(**_numbers(rows, edges))
     return edges

@@ -104,8 +104,8 @@ def instance_pool(features: Tensor, ids: Tensor) -> Tensor:
     out = torch.empty_like(single)
     ids = ids.contiguous()
     shape = _strides(single)
-    regions = torch.empty(ids.numel(), dtype=torch.int32)
-    first = torch.empty(shape["images"] + 1, dtype=torch.int64)
+    regions = torch.empty(ids.numel(), dtype=torch.int32, device="cpu")
+    first = torch.empty(shape["images"] + 1, dtype=torch.int64, device="cpu")
     use_torch_threads()
     numbers = {"regions": regions.data_ptr(), "first": first.data_ptr()}
     _C.instance_regions(

@@ -166,7 +166,7 @@ def label_conv(
     _check_range(labels, num_classes)
     labels = labels.to(torch.uint8)
     if batch == 0:
-        return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+        return torch.empty(shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)
     edges = None if edges is None else edges.contiguous()
     weight = weight.detach().to(torch.float32).contiguous()
     bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
@@ -183,7 +183,7 @@ def label_conv(
         reflect=padding_mode == "reflect",
     )
     layout = _C.LabelConvLayout(call)
-    packed = torch.empty(layout.packed_floats, dtype=torch.float32)
+    packed = torch.empty(layout.packed_floats, dtype=torch.float32, device="cpu")
     _C.label_conv_pack(
         call,
         weight=weight.data_ptr(),
@@ -191,8 +191,8 @@ def label_conv(
         packed=packed.data_ptr(),
     )
     # PyTorch aligns CPU memory to 64 bytes, all that the kernel asks for.
-    scratch = torch.empty(layout.scratch_bytes, dtype=torch.uint8)
-    out = torch.empty((batch, height, width, layout.stride), dtype=dtype)
+    scratch = torch.empty(layout.scratch_bytes, dtype=torch.uint8, device="cpu")
+    out = torch.empty((batch, height, width, layout.stride), dtype=dtype, device="cpu")
     _C.label_conv(
         call,
         labels=labels.data_ptr(),
@@ -204,7 +204,7 @@ def label_conv(
     )
     if cout == layout.stride:
         return out.permute(0, 3, 1, 2)
-    result = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+    result = torch.empty(shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)
     return result.copy_(out[..., :cout].permute(0, 3, 1, 2))
 
 

@@ -82,10 +82,10 @@ def _statistics(
     stride = -(-channels // 16) * 16
     call = {"source": describe_source(x), "images": images, "height": height, "width": width}
     parts = _C.statistics_parts(call)
-    partial = torch.empty((images, parts, 2, stride), dtype=torch.float32)
-    count = torch.empty((images, parts), dtype=torch.float32)
+    partial = torch.empty((images, parts, 2, stride), dtype=torch.float32, device="cpu")
+    count = torch.empty((images, parts), dtype=torch.float32, device="cpu")
     _C.run_statistics({**call, "partial": partial.data_ptr(), "count": count.data_ptr()})
-    merged = torch.empty((2, images, stride), dtype=torch.float32)
+    merged = torch.empty((2, images, stride), dtype=torch.float32, device="cpu")
     _C.run_merge(
         {
             "partial": partial.data_ptr(),
@@ -165,7 +165,7 @@ def instance_norm_act(
         merged = _frozen(mean, variance, eps, weight, bias)
     else:
         merged = _statistics(source, over_batch, eps, weight, bias)
-    out = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
+    out = torch.empty(x.shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
     call: dict[str, Any] = {
         "first": describe_source(source, merged[0], merged[1]),
         "images": images,

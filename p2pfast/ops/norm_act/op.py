@@ -15,6 +15,7 @@ from p2pfast.ops.norm_act.reference import norm_act_reference
 from p2pfast.ops.pages import empty_like
 from p2pfast.ops.pointwise import is_direct
 from p2pfast.ops.threads import use_torch_threads
+from p2pfast.ops.twice import differentiable_gradients
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _NATIVE_ACTS = ("none", "relu", "leaky_relu", "tanh", "sigmoid", "elu", "silu")
@@ -97,7 +98,8 @@ def norm_act(
     if is_fused(x, act):
         # A registered operator takes longer to call than a small map takes to normalise.
         given = [t for t in (x, weight, bias, mean, variance, residual) if t is not None]
-        run = run_norm_act if not torch.is_grad_enabled() and is_direct(given) else _norm_act
+        plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+        run = run_norm_act if plain and is_direct(given) else _norm_act
         y, used_mean, used_variance = run(
             x, weight, bias, mean, variance, over_batch, eps, act, slope, residual
         )
@@ -145,11 +147,12 @@ def run_norm_act(
     y = empty_like(x)
     if mean is not None and variance is not None:
         mean, variance = (
-            torch.empty(t.shape, dtype=torch.float32).copy_(t.detach()) for t in (mean, variance)
+            torch.empty(t.shape, dtype=torch.float32, device="cpu").copy_(t.detach())
+            for t in (mean, variance)
         )
     else:
         shape = _statistics_shape(x, None, over_batch)
-        mean, variance = (torch.empty(shape, dtype=torch.float32) for _ in range(2))
+        mean, variance = (torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(2))
     _run(False, x, weight, bias, mean, variance, frozen, eps, act, slope, residual, out=y.data_ptr())
     return y, mean, variance
 
@@ -278,7 +281,7 @@ def _run_backward(
     residual = None if act == "none" else residual
     dx = empty_like(x)
     dresidual = empty_like(x) if of_residual else x.new_empty(0)
-    dweight, dbias = (torch.empty(x.shape[1], dtype=torch.float32) for _ in range(2))
+    dweight, dbias = (torch.empty(x.shape[1], dtype=torch.float32, device="cpu") for _ in range(2))
     _run(
         True,
         *(x, weight, bias, mean.contiguous(), variance.contiguous(), frozen, eps, act, slope, residual),
@@ -334,17 +337,14 @@ def _backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Any, ...]:
     over_batch, eps, act, slope = ctx.numbers
     of_residual = ctx.has_residual and ctx.needs_input_grad[9]
     if torch.is_grad_enabled():
-        inputs = [x, weight, bias, *([residual] if residual is not None else [])]
-        given_mean, given_variance = (mean, variance) if ctx.frozen else (None, None)
-        y = norm_act_reference(
-            x, weight, bias, given_mean, given_variance, over_batch, eps, act, slope, residual
-        )
-        wanted = [t for t in inputs if t is not None and t.requires_grad]
-        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-        given = [next(found) if t is not None and t.requires_grad else None for t in inputs]
-        if of_residual and residual is None:
-            given.append(grad)
-        return *given[:3], *(None,) * 6, given[3] if len(given) > 3 else None
+        frozen_mean, frozen_variance = (mean, variance) if ctx.frozen else (None, None)
+
+        def reference(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+            statistics = frozen_mean, frozen_variance
+            return norm_act_reference(x, weight, bias, *statistics, over_batch, eps, act, slope, residual)
+
+        *given, given_residual = differentiable_gradients(reference, [x, weight, bias, residual], grad)
+        return *given, *(None,) * 6, grad if of_residual and residual is None else given_residual
     dx, dweight, dbias, dresidual = norm_act_backward(
         grad, x, weight, bias, mean, variance, ctx.frozen, eps, act, slope, residual, of_residual
     )
