@@ -52,15 +52,16 @@ class Explanation:
     def __str__(self) -> str:
         lines = [self.note] if self.note else []
         if self.rows:
-            width = max(len(r.name) for r in self.rows)
-            detail = max(len(r.detail) for r in self.rows)
+            width = max(len("layer"), *(len(r.name) for r in self.rows))
+            kernel = max(len("kernel"), *(len(r.kernel) for r in self.rows))
+            detail = max(len("shape"), *(len(r.detail) for r in self.rows))
             columns = f"{'ms':>8}  {'GFLOP/s':>8}  {'peak':>5}  {'MB':>7}"
-            lines.append(f"{'layer':{width}}  {'kernel':14}  {'shape':{detail}}  {columns}")
+            lines.append(f"{'layer':{width}}  {'kernel':{kernel}}  {'shape':{detail}}  {columns}")
             for r in self.rows:
                 speed = f"{r.gigaflops:8.0f}  {r.share:5.0%}" if r.gigaflops else " " * 15
                 lines.append(
-                    f"{r.name:{width}}  {r.kernel:14}  {r.detail:{detail}}  {r.seconds * 1e3:8.2f}  {speed}  "
-                    f"{r.megabytes:7.1f}{'  ' if r.reason else ''}{r.reason}"
+                    f"{r.name:{width}}  {r.kernel:{kernel}}  {r.detail:{detail}}  "
+                    f"{r.seconds * 1e3:8.2f}  {speed}  {r.megabytes:7.1f}{'  ' if r.reason else ''}{r.reason}"
                 )
             lines.append(f"native steps: {self.seconds * 1e3:.1f} ms")
         if self.memory:

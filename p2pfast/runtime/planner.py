@@ -72,7 +72,8 @@ class Planner(Convolutions, LabelConvolutions):
                     result = Result(self._slot(), shape, value in self.graph.channels_last)
                     n, c, h, w = shape
                     strides = (c * h * w, 1, w * c, c) if result.channels_last else (c * h * w, h * w, w, 1)
-                    self._report(Report(f"result_{value.base}", "apply", bytes=n * c * h * w * 8.0))
+                    moved = 2.0 * self._bytes(value.base)
+                    self._report(Report(f"result_{value.base}", "apply", bytes=moved))
                     out = Stored(self.dtype, strides, Buffer(0, result.slot))
                     self._apply(value, Part(None, 0, h), out, None)
                 written[id(value)] = len(self.plan.results)
@@ -186,19 +187,19 @@ class Planner(Convolutions, LabelConvolutions):
         return wanted
 
     def _report_of(self, op: Op) -> Report:
-        n, c, h, w = self._shape(op.out)
-        moved = 4.0 * n * c * h * w
+        moved = self._bytes(op.out)
         if isinstance(op, ConvOp):
-            moved += sum(4.0 * self._elements(v.base) for v in op.inputs)
+            moved += sum(self._bytes(v.base) for v in op.inputs)
         elif not isinstance(op, LabelConvOp):
-            moved += sum(4.0 * self._elements(v.base) for v in views_of(op)) or moved
+            moved += sum(self._bytes(v.base) for v in views_of(op)) or moved
         report = Report(op.name, "", bytes=moved)
         self._report(report)
         return report
 
-    def _elements(self, base: int) -> int:
+    def _bytes(self, base: int) -> float:
+        """Of a tensor as a plan stores it; of what the caller gives, if it is of the plan's dtype."""
         n, c, h, w = self._shape(base)
-        return n * c * h * w
+        return float(n * c * h * w * self.dtype.itemsize)
 
     def _note(self, report: Report, work: Work, own: bool = True) -> None:
         report.multiplications += work.multiplications

@@ -176,6 +176,20 @@ def test_live_dropout_draws_what_pytorch_draws() -> None:
     assert relative(fast(x), answers[0]) > 1e-3
 
 
+def test_explain_counts_bytes_of_the_stored_dtype_in_columns() -> None:
+    net, inputs = make("global")
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        fast = p2pfast.optimize(net, dtype=dtype)
+        fast(*inputs)
+        found.append(p2pfast.explain(fast))
+        title, *lines = str(found[-1]).splitlines()[: len(found[-1].rows) + 1]
+        point = title.index("MB")
+        assert all(line[point] == "." for line in lines)
+    for a, b in zip(*(f.rows for f in found), strict=True):
+        assert a.name == b.name and b.megabytes == a.megabytes / 2 > 0
+
+
 @pytest.mark.parametrize("name", ["resnet-dropout", "unet-batch", "local"])
 def test_another_default_device(name: str) -> None:
     net, (x,) = make(name)
