@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import shlex
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -23,6 +23,7 @@ from p2pfast.train.config import (
     Meta,
     Pix2PixConfig,
     Pix2PixHDConfig,
+    reaches,
     read_config,
 )
 
@@ -38,7 +39,7 @@ translate` takes `latest_net_G.pth`. A run that was stopped or killed goes on wi
 as if it had never been stopped. `torchrun --nproc-per-node N -m p2pfast train …` shares it among N GPUs.
 
 Exit code: 0 finished, 1 stopped by a file that cannot be used or by divergence (the message names it), 2
-could not start, 130 interrupted (Ctrl-C finishes the step and saves; twice stops at once)."""
+could not start or not write, 130 interrupted (Ctrl-C finishes the step and saves; twice stops at once)."""
 
 _HELP = {
     "pix2pix": """Pairs of pictures: A and B side by side in DATA/train (Isola et al. 2017).
@@ -117,11 +118,13 @@ def configuration(kind: str, given: Mapping[str, Any]) -> tuple[Config, list[str
         raise UsageError(
             f"{config.run_folder} holds a run of {saved.kind}: go on with p2pfast train {saved.kind}"
         )
-    merged = dataclasses.replace(saved, **given)
+    # The run is where it was found, wherever it was when it began.
+    here = {"name": config.name, "checkpoints_dir": config.checkpoints_dir}
+    merged = dataclasses.replace(saved, **{**given, **here})
     changed = [
         f"{name} {getattr(saved, name)} is now {value}"
         for name, value in given.items()
-        if value != getattr(saved, name) and name not in ("continue_train", "checkpoints_dir")
+        if value != getattr(saved, name) and name not in ("continue_train", "checkpoints_dir", "name")
     ]
     return merged, changed
 
@@ -144,6 +147,7 @@ class _Bar:
         )
         self.task: TaskID | None = None
         self.smooth, self.steps = 0.0, 0
+        self.step_size = config.batch_size * config.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
 
     def started(self, first_step: int, steps: int, epoch_steps: int) -> None:
         self.console.print(
@@ -161,7 +165,7 @@ class _Bar:
         rate = f"{self.smooth:.2f} s/step" if self.smooth >= 0.1 else f"{1000 * self.smooth:.0f} ms/step"
         if self.task is not None:
             self.progress.update(self.task, completed=step, epoch=epoch, rate=rate, losses=shown)
-        if not self.console.is_terminal and step % max(1, self.config.print_freq) == 0:
+        if not self.console.is_terminal and reaches(self.config.print_freq, step, self.step_size):
             self.console.print(f"epoch {epoch} step {step}: {rate} {shown}", soft_wrap=True)
 
     def noted(self, message: str) -> None:
@@ -203,9 +207,7 @@ def run_train(kind: str, given: Mapping[str, Any]) -> None:
 
 
 def _how_to_go_on(kind: str, config: Config) -> str:
-    where = (
-        ""
-        if config.checkpoints_dir == "checkpoints"
-        else f" --checkpoints-dir {Path(config.checkpoints_dir)}"
-    )
-    return f"go on with: p2pfast train {kind} --name {config.name}{where} --continue-train"
+    line = ["p2pfast", "train", kind, "--name", config.name]
+    if config.checkpoints_dir != "checkpoints":
+        line += ["--checkpoints-dir", config.checkpoints_dir]
+    return f"go on with: {shlex.join([*line, '--continue-train'])}"

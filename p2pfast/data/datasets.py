@@ -278,6 +278,8 @@ class UnalignedPictures(_Drawn):
 class LabelledPhotos(_Drawn):
     """Samples ``labels`` and, where there are any, ``instances`` (1, h, w), and ``image`` (3, h, w) uint8.
 
+    Labels are uint8, int32 with more than 256 classes, and instances int32, whatever a file's numbers are: a
+    batch takes the type of its first sample.
     Labels outside [0, num_classes) are an InputError that names the file and the pixel.
     """
 
@@ -299,10 +301,12 @@ class LabelledPhotos(_Drawn):
                 f"{self.num_classes} knows 0 to {self.num_classes - 1}"
             )
         window = self.preprocess.window(labels.shape, rng, name)
+        narrow = self.num_classes <= 256
+        labels = labels.astype(np.uint8 if narrow else np.int32, copy=False)
         sample = {"labels": window.ids(labels), "image": window.image(photo)}
         if instances is not None:
             _same_size(name, labels, **{"instance map": instances})
-            sample["instances"] = window.ids(instances)
+            sample["instances"] = window.ids(instances.astype(np.int32, copy=False))
         return {key: torch.from_numpy(value) for key, value in sample.items()}
 
 

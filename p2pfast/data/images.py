@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from pathlib import Path
 
@@ -12,9 +13,13 @@ from PIL import Image, UnidentifiedImageError
 from p2pfast.data.atomic import whole
 from p2pfast.errors import InputError, first_line
 
+#: What Pillow's decoders raise on damaged data.
+_DAMAGED = (OSError, SyntaxError, ValueError, LookupError, ArithmeticError, TypeError, EOFError, struct.error)
 #: Pillow widens 2- and 4-bit grey levels to 8 bits; dividing by these gives the stored numbers back.
 _GREY_SCALE = {"L;2": 85, "L;4": 17}
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+#: Modes whose 8-bit values `Image.convert` translates.
+_PICTURES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 
 
 def read_ids(path: Path, kind: str) -> NDArray[np.integer]:
@@ -40,11 +45,25 @@ def read_ids(path: Path, kind: str) -> NDArray[np.integer]:
 
 
 def read_image(path: Path, channels: int) -> NDArray[np.uint8]:
-    """A picture (H, W, channels) uint8, converted to RGB (3 channels) or grey (1). Raises InputError."""
+    """A picture (H, W, channels) uint8, converted to RGB (3 channels) or grey (1); 16-bit grey levels become
+    8-bit ones. Raises InputError."""
     with _open(path) as image:
         _load(image)
+        if image.mode in _SIXTEEN_BITS:
+            image = _eight_bits(np.array(image))
+        if image.mode not in _PICTURES:
+            raise InputError(
+                f"a picture in {image.mode}, whose range is not known; save it in colour or grey"
+            )
         converted = np.array(image.convert("RGB" if channels == 3 else "L"))
     return converted.reshape(*converted.shape[:2], channels)
+
+
+def _eight_bits(levels: NDArray[np.integer]) -> Image.Image:
+    least, most = int(levels.min()), int(levels.max())
+    if least < 0 or most > 65535:
+        raise InputError(f"grey levels from {least} to {most}; 0 to 65535 is the range of 16 bits")
+    return Image.fromarray(((levels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
 
 
 def _open(path: Path) -> Image.Image:
@@ -58,12 +77,14 @@ def _open(path: Path) -> Image.Image:
         raise InputError(first_line(error)) from None
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or first_line(error)}") from None
+    except _DAMAGED as error:
+        raise InputError(f"damaged at its start: {first_line(error)}") from None
 
 
 def _load(image: Image.Image) -> None:
     try:
         image.load()
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise on damaged data
+    except _DAMAGED as error:
         raise InputError(f"damaged or truncated: {first_line(error)}") from None
 
 

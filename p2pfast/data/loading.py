@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from p2pfast.data.datasets import Position, Sample
-from p2pfast.errors import InputError
+from p2pfast.errors import InputError, first_line
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,16 @@ def _collate(samples: Sequence[Sample | InputError]) -> Sample | InputError:
     for sample in samples:
         if isinstance(sample, InputError):
             return sample
-    sizes = {tuple(next(iter(sample.values())).shape[1:]) for sample in samples if isinstance(sample, dict)}
-    if len(sizes) > 1:
-        shown = " and ".join(f"{width}x{height}" for height, width in sorted(sizes)[:2])
-        return InputError(f"pictures of {shown} pixels cannot share a batch; use --batch-size 1 or a crop")
-    return default_collate(list(samples))
+    good = [sample for sample in samples if isinstance(sample, dict)]
+    for key in good[0]:
+        sizes = {tuple(sample[key].shape[1:]) for sample in good}
+        if len(sizes) > 1:
+            shown = " and ".join(f"{width}x{height}" for height, width in sorted(sizes)[:2])
+            return InputError(
+                f"pictures of {shown} pixels cannot share a batch; use --batch-size 1, or a --preprocess "
+                "that crops"
+            )
+    return default_collate(good)
 
 
 def _quiet(_worker: int) -> None:
@@ -117,7 +122,19 @@ def load(
         # Its own generator: otherwise making an iterator would advance the run's random numbers.
         generator=torch.Generator(),
     )
-    for batch in loader:
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise InputError(
+                f"a process that loads pictures was killed ({first_line(error)}), which the system does when "
+                "memory runs out; use fewer --num-threads"
+            ) from error
         if isinstance(batch, InputError):
             raise batch
         yield batch

@@ -287,7 +287,7 @@ class TotalVariationLoss(nn.Module):
                 f"image has shape {tuple(image.shape)}; (images, channels, height, width) is expected"
             )
         x = image if image.dtype == torch.float64 else image.float()
-        total = x.new_zeros(())
+        total = x.new_zeros(()) if x.shape[2:].numel() > 1 else 0 * x.sum()  # which has a gradient, too
         for dim in (2, 3):
             if x.shape[dim] > 1:
                 total = total + x.diff(dim=dim).abs().mean()

@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 from p2pfast.errors import UsageError
 
@@ -159,21 +161,39 @@ class Config:
 
     def check(self) -> None:
         """Raises UsageError for values that make no run."""
+        hints = get_type_hints(type(self))
         for entry in dataclasses.fields(self):
             meta, value = entry.metadata["option"], getattr(self, entry.name)
-            flag = flag_of(entry)
+            flag, hint = flag_of(entry), hints[entry.name]
+            if type(value) is not hint and not (hint is float and type(value) is int):
+                raise UsageError(f"{flag} {value!r}: {_EXPECTED[hint]} is expected")
             if meta.choices and value not in meta.choices:
                 raise UsageError(f"{flag} {value}: use {', '.join(meta.choices)}")
+            if hint is float and not math.isfinite(value):
+                raise UsageError(f"{flag} {value}: must be a finite number")
             if meta.least is not None and value < meta.least:
                 raise UsageError(f"{flag} {value}: must be at least {meta.least:g}")
         if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
             raise UsageError(f"--name {self.name!r}: give the run a plain name, such as street1")
+        if len(os.fsencode(self.name)) > _LONGEST_NAME:
+            raise UsageError(f"--name of {len(self.name)} characters: {_LONGEST_NAME} bytes are the most")
+        for flag, number, most in (("--seed", self.seed, 2**32 - 1), ("--threads", self.threads, 1024)):
+            if number > most:
+                raise UsageError(f"{flag} {number}: must be at most {most}")
         for flag, share in (("--ema", self.ema), ("--beta1", self.beta1)):
             if share >= 1:
                 raise UsageError(f"{flag} {share}: must be below 1, such as 0.999")
         if self.epochs < 1:
             raise UsageError("--n-epochs and --n-epochs-decay are both 0: nothing to train")
 
+
+_EXPECTED: dict[type, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+}
+_LONGEST_NAME = 200  # bytes; file systems take 255
 
 _INIT = ("normal", "xavier", "kaiming", "orthogonal")
 _GAN_MODES = ("vanilla", "lsgan", "hinge", "wgangp")
@@ -205,6 +225,18 @@ class _PairedNets(Config):
     gan_mode: str = option("lsgan", LOSSES, "Adversarial loss.", choices=_GAN_MODES)
     lambda_gp: float = option(10.0, LOSSES, "Weight of the gradient penalty of wgangp.", least=0)
     pool_size: int = option(50, LOSSES, "Earlier images the discriminator is also shown.", least=0)
+
+    def check(self) -> None:
+        super().check()
+        for flag, channels in (("--input-nc", self.input_nc), ("--output-nc", self.output_nc)):
+            if channels not in (1, 3):
+                raise UsageError(f"{flag} {channels}: pictures are read in colour, 3, or in grey, 1")
+        mixes = self.kind == "cyclegan" or self.pool_size > 0
+        if self.gan_mode == "wgangp" and mixes and "crop" not in self.preprocess:
+            raise UsageError(
+                "--gan-mode wgangp mixes real and drawn pictures, which may differ in size with --preprocess "
+                f"{self.preprocess}; use one that crops"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,6 +349,11 @@ class Pix2PixHDConfig(Config):
             raise UsageError("--niter-fix-global belongs to --netG local: a global network has nothing else")
         if self.vgg_weights and self.no_vgg_loss:
             raise UsageError("--vgg-weights and --no-vgg-loss contradict each other")
+
+
+def reaches(pictures: int, step: int, size: int) -> bool:
+    """Whether a step of ``size`` pictures brings a run past a multiple of so many."""
+    return step * size // pictures > (step - 1) * size // pictures
 
 
 CONFIGS: dict[str, type[Config]] = {

@@ -20,7 +20,15 @@ from p2pfast.errors import UsageError
 from p2pfast.nn import gradient_penalty
 from p2pfast.train.config import CycleGANConfig
 from p2pfast.train.losses import Losses
-from p2pfast.train.networks import Running, discriminator, draw_weights, exchanging, frozen, generator
+from p2pfast.train.networks import (
+    Running,
+    discriminator,
+    draw_weights,
+    exchanging,
+    frozen,
+    generator,
+    least_side_of,
+)
 from p2pfast.train.objective import Objective, Terms, picture
 from p2pfast.train.parallel import Place
 from p2pfast.train.pool import ImagePool
@@ -48,6 +56,7 @@ class CycleGAN(Objective):
             "D_B": discriminator(c.netD, c.input_nc, c.ndf, c.n_layers_D, c.norm),
         }
         self.multiple = int(getattr(nets["G_A"], "size_multiple", 1))
+        self.least = least_side_of(c.netD, c.n_layers_D)
         for name, network in nets.items():
             draw_weights(network, c.init_type, c.init_gain)
             self.add(name, network)

@@ -38,6 +38,16 @@ def discriminator(netD: str, input_nc: int, ndf: int, n_layers: int, norm: str) 
     return build("n_layers", input_nc=input_nc, ndf=ndf, n_layers=layers, norm=norm)
 
 
+def least_side(n_layers: int) -> int:
+    """Of a picture, for a PatchGAN to judge a patch: halvings, then two layers of 4x4 with stride 1."""
+    return int(3 * 2**n_layers)
+
+
+def least_side_of(netD: str, n_layers: int) -> int:
+    """The same for pix2pix's discriminators and ResNets, which reflect 3 pixels and twice halve."""
+    return 8 if netD == "pixel" else max(8, least_side(n_layers if netD == "n_layers" else 3))
+
+
 def draw_weights(network: nn.Module, init_type: str = "normal", gain: float = 0.02) -> None:
     """pix2pix's and CycleGAN's: convolutions by ``init_type``, biases zero, norms N(1, gain)."""
     for module in network.modules():
@@ -143,6 +153,18 @@ def frozen(*runs: Running) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def unchanged_buffers(run: Running) -> Iterator[None]:
+    """Calls made inside leave no trace in the network's running statistics."""
+    before = [buffer.clone() for buffer in run.network.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(run.network.buffers(), before, strict=True):
+                buffer.copy_(value)
 
 
 @contextmanager

@@ -63,6 +63,8 @@ class Objective(ABC):
     averaged: tuple[str, ...]
     multiple: int
     """Sizes of pictures are multiples of this."""
+    least: int = 1
+    """What sides of pictures are at least, for every network to have a result."""
 
     def __init__(self, config: Config, place: Place) -> None:
         self.config, self.place = config, place
@@ -85,6 +87,7 @@ class Objective(ABC):
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = self.config.learning_rate(epoch)
+                group["betas"] = self._betas  # a state that was loaded has those of its run
 
     def notes(self) -> list[str]:
         """What a user is to know before the run begins."""
@@ -97,9 +100,11 @@ class Objective(ABC):
 
     def adam(self, name: str, networks: Iterable[Running]) -> None:
         parameters = [p for run in networks for p in run.network.parameters()]
-        self.optimizers[name] = torch.optim.Adam(
-            parameters, lr=self.config.lr, betas=(self.config.beta1, 0.999)
-        )
+        self.optimizers[name] = torch.optim.Adam(parameters, lr=self.config.lr, betas=self._betas)
+
+    @property
+    def _betas(self) -> tuple[float, float]:
+        return self.config.beta1, 0.999
 
     def finish_setup(self) -> None:
         """To be called when all networks have their first weights."""

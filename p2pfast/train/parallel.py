@@ -35,6 +35,13 @@ class Place:
             values /= self.world
         return values
 
+    def any(self, here: bool) -> bool:
+        """Whether it is so in one of the processes."""
+        if self.world == 1:
+            return here
+        told = torch.tensor(float(here), device=self.device)
+        return bool(self.mean(told) > 0)
+
     def gather(self, item: Any) -> list[Any]:
         """What every process gives, in order of ranks; an empty list except on the first."""
         if self.world == 1:

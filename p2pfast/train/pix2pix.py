@@ -7,6 +7,7 @@ distance to the target. Dropout in G is the noise, and stays on when the network
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -17,7 +18,15 @@ from p2pfast.data.datasets import Sample
 from p2pfast.nn import gradient_penalty
 from p2pfast.train.config import Pix2PixConfig
 from p2pfast.train.losses import Losses
-from p2pfast.train.networks import discriminator, draw_weights, exchanging, frozen, generator
+from p2pfast.train.networks import (
+    discriminator,
+    draw_weights,
+    exchanging,
+    frozen,
+    generator,
+    least_side_of,
+    unchanged_buffers,
+)
 from p2pfast.train.objective import Objective, Terms, picture
 from p2pfast.train.parallel import Place
 from p2pfast.train.pool import ImagePool
@@ -38,6 +47,7 @@ class Pix2Pix(Objective):
         for network in (net_g, net_d):
             draw_weights(network, c.init_type, c.init_gain)
         self.multiple = int(getattr(net_g, "size_multiple", 1))
+        self.least = least_side_of(c.netD, c.n_layers_D)
         self.generator, self.discriminator = self.add("G", net_g), self.add("D", net_d)
         self.adam("G", [self.generator])
         self.adam("D", [self.discriminator])
@@ -57,7 +67,8 @@ class Pix2Pix(Objective):
         for i, (real_a, real_b) in enumerate(pairs):
             states += [self.random_state()] if again else []
             with exchanging(i == len(pairs) - 1, self.generator, self.discriminator):
-                with torch.set_grad_enabled(not again), self.precision():
+                counted_later = unchanged_buffers(self.generator) if again else nullcontext()
+                with torch.set_grad_enabled(not again), self.precision(), counted_later:
                     fakes.append(self.generator(real_a))
                 self._judge(real_a, real_b, fakes[i], terms)
         self.update("D")

@@ -71,6 +71,7 @@ class Pix2PixHD(Objective):
                 norm=c.norm,
             )
         self.multiple = max(int(getattr(net, "size_multiple", 1)) for net in nets.values())
+        self.least = max(2 * self.multiple, 16)  # the trunk reflects a pixel; VGG halves four times
         for name, network in nets.items():
             draw_weights_hd(network)
             self.add(name, network)

@@ -29,7 +29,9 @@ class ImagePool:
                 chosen.append(image)
             elif torch.rand((), generator=self.random) > 0.5:
                 place = int(torch.randint(self.size, (), generator=self.random))
-                chosen.append(self.images[place])
+                older = self.images[place]
+                # Of another size it cannot share a batch.
+                chosen.append(older if len(images) == 1 or older.shape == image.shape else image)
                 self.images[place] = image.clone()
             else:
                 chosen.append(image)

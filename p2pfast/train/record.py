@@ -27,10 +27,11 @@ class Recorder:
     """Writes ``loss_log.txt``, ``web/index.html`` and ``tensorboard/`` below the run's folder.
 
     Args:
-        first_step: the step the run goes on from; what an interrupted run wrote after it is left out.
+        first_step: the step the run goes on from; what an interrupted run wrote after it is left out. None
+            keeps all: steps have other sizes now, and so other numbers.
     """
 
-    def __init__(self, config: Config, first_step: int) -> None:
+    def __init__(self, config: Config, first_step: int | None) -> None:
         self.config, self.folder = config, config.run_folder
         self.log = self.folder / "loss_log.txt"
         self.pictures = self.folder / "web" / "images"
@@ -39,11 +40,12 @@ class Recorder:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step)
-        self._drop_after(first_step)
+        if first_step is not None:
+            self._drop_after(first_step)
 
     def _drop_after(self, step: int) -> None:
         if self.log.exists():
-            lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             kept = [line for line in lines if (m := re.search(r"step: (\d+)", line)) and int(m[1]) <= step]
             write_text(self.log, "".join(kept))
 
@@ -60,12 +62,12 @@ class Recorder:
 
     def examples(self, epoch: int, step: int, pictures: Mapping[str, NDArray[np.uint8]]) -> None:
         """Pictures of one step, on the page and as a grid in TensorBoard."""
-        for name, pixels in pictures.items():
-            write_image(self.pictures / f"epoch{epoch:03d}_step{step:08d}_{name}.png", pixels)
-        self._write_page()
+        if not self.config.no_html:
+            for name, pixels in pictures.items():
+                write_image(self.pictures / f"epoch{epoch:03d}_step{step:08d}_{name}.png", pixels)
+            self._write_page()
         if self.board is not None:
-            colour = [np.broadcast_to(pixels, (*pixels.shape[:2], 3)) for pixels in pictures.values()]
-            self.board.add_image("pictures", np.concatenate(colour, 1), step, dataformats="HWC")
+            self.board.add_image("pictures", _side_by_side(pictures), step, dataformats="HWC")
 
     def _write_page(self) -> None:
         groups: dict[tuple[int, int], list[tuple[str, str]]] = {}
@@ -78,10 +80,20 @@ class Recorder:
         for step, epoch in sorted(groups, reverse=True):
             shown = sorted(groups[step, epoch], key=lambda p: order.index(p[0]) if p[0] in order else 99)
             figures.append(figure(f"epoch {epoch}, step {step}", shown))
-        if not self.config.no_html:
-            title = f"{self.config.name}: {self.config.kind}"
-            write_text(self.folder / "web" / "index.html", page(title, "\n".join(figures)))
+        title = f"{self.config.name}: {self.config.kind}"
+        write_text(self.folder / "web" / "index.html", page(title, "\n".join(figures)))
 
     def close(self) -> None:
         if self.board is not None:
             self.board.close()
+
+
+def _side_by_side(pictures: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """In colour, (H, W, 3); what is less high than the highest is black below."""
+    height = max(pixels.shape[0] for pixels in pictures.values())
+    columns = []
+    for pixels in pictures.values():
+        column = np.zeros((height, pixels.shape[1], 3), np.uint8)
+        column[: pixels.shape[0]] = pixels
+        columns.append(column)
+    return np.concatenate(columns, 1)

@@ -22,10 +22,9 @@ def save(content: Any, path: Path, durable: bool = False) -> None:
         with whole(path, durable) as stream:
             torch.save(content, stream)
     except (OSError, RuntimeError) as error:
-        raise UsageError(
-            f"{path}: cannot be written: {getattr(error, 'strerror', None) or first_line(error)}; "
-            "what was saved before is still whole"
-        ) from error
+        # PyTorch's writer tells that a write failed, not why.
+        why = getattr(error, "strerror", None) or f"is the disk full? ({first_line(error)})"
+        raise UsageError(f"{path}: cannot be written: {why}; what was saved before is still whole") from error
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -33,7 +32,10 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise UsageError(f"{path}: not a training state, or damaged ({first_line(error)})") from error
+        raise UsageError(
+            f"{path}: not a training state, or damaged ({first_line(error)}); start another --name, with "
+            f"--load-pretrain {path.parent} to begin with the networks saved there"
+        ) from error
     if not isinstance(state, dict) or "step" not in state:
         raise UsageError(f"{path}: not a training state of p2pfast")
     return state

@@ -8,8 +8,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,9 +19,10 @@ import torch
 from p2pfast.data.atomic import remove_leftovers
 from p2pfast.data.datasets import Sample
 from p2pfast.data.loading import Order, load
-from p2pfast.errors import UsageError, first_line
+from p2pfast.errors import InputError, UsageError, first_line
 from p2pfast.train import parallel, storage
-from p2pfast.train.config import CONFIG_FILE, Config, save_config
+from p2pfast.train.config import CONFIG_FILE, Config, reaches, save_config
+from p2pfast.train.lock import locked
 from p2pfast.train.networks import take_pretrained
 from p2pfast.train.objective import Objective
 from p2pfast.train.parallel import Place
@@ -126,10 +127,13 @@ class _Run:
             config.seed,
             config.serial_batches,
         )
+        _check_crop(config, self.objective.least)
         self.steps = config.epochs * self.order.steps
         if config.max_steps:
             self.steps = min(self.steps, config.max_steps)
-        self.step = self.saved = self.epoch = 0
+        self.step = self.epoch = 0
+        self.saved: int | None = None  # the step of the last state
+        self.renumbered = False  # steps have had another size before
         # Each process has its own dropout.
         torch.manual_seed(config.seed * 1009 + place.rank + 1)
         if state is not None:
@@ -141,13 +145,19 @@ class _Run:
 
     def _found_state(self) -> dict[str, Any] | None:
         config = self.config
-        if self.state_file.exists():
+        self.found = _version(self.state_file)
+        if self.found is not None:
             if not config.continue_train:
                 raise UsageError(
                     f"{self.folder} holds a run already: --continue-train goes on with it, another --name "
                     "starts a new one"
                 )
             return storage.read_state(self.state_file)
+        if any(self.folder.glob("*_net_*.pth")):
+            raise UsageError(
+                f"{self.folder} holds networks, but the state to go on from, {storage.STATE_FILE}, is not "
+                f"there: start another --name, with --load-pretrain {self.folder} to begin with these"
+            )
         if config.continue_train:
             self.observer.noted(f"{self.state_file}: nothing saved yet, so this run begins at its start")
         return None
@@ -174,13 +184,15 @@ class _Run:
         self.step = state["step"]
         if state["order"] != shape:
             epoch = math.ceil(state["step"] / state["epoch_steps"])
-            self.step = epoch * self.order.steps
+            self.step, self.renumbered = epoch * self.order.steps, True
             self.observer.noted(
                 f"data or step size have changed ({state['order'][0]} pictures in steps of "
                 f"{state['order'][1]} then, {shape[0]} in steps of {shape[1]} now); goes on with epoch "
                 f"{epoch + 1}"
             )
-        self.saved = self.step
+        # Of a run that was killed in its first save, the networks are not there.
+        networks = (storage.network_file(self.folder, "latest", name) for name in self.objective.weights())
+        self.saved = self.step if all(path.exists() for path in networks) else None
 
     def _take_pretrained(self) -> None:
         if not self.config.load_pretrain:
@@ -196,10 +208,16 @@ class _Run:
                 raise UsageError(f"--load-pretrain {folder}: no {path.name} in it")
 
     def go(self) -> Outcome:
-        if self.place.first:
-            self._open_folder()
-        self.place.wait()
-        recorder = Recorder(self.config, self.step) if self.place.first else None
+        with ExitStack() as held:
+            if self.place.first:
+                self._open_folder(held)
+            self.place.wait()
+            return self._go()
+
+    def _go(self) -> Outcome:
+        first_step = None if self.renumbered else self.step
+        with _writing(self.folder):
+            recorder = Recorder(self.config, first_step) if self.place.first else None
         self.observer.started(self.step, self.steps, self.order.steps)
         losses: Mapping[str, float] = {}
         with _signals() as stop:
@@ -215,7 +233,8 @@ class _Run:
             interrupted = False
             try:  # the loading processes end here, not when Python collects them
                 while self.step < self.steps and not interrupted:
-                    losses, interrupted = self._one_step(batches, recorder, stop.is_set())
+                    given = self._next_batches(batches)
+                    losses, interrupted = self._one_step(given, recorder, stop.is_set())
                 self._save("latest")
             finally:
                 batches.close()
@@ -223,10 +242,14 @@ class _Run:
                     recorder.close()
         return Outcome(self.folder, self.step, self.steps, interrupted, losses)
 
-    def _open_folder(self) -> None:
+    def _open_folder(self, held: ExitStack) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.folder)
+            held.enter_context(locked(self.folder))
+            if _version(self.state_file) != self.found:
+                raise UsageError(f"{self.folder}: another process has trained there meanwhile; start again")
+            for folder in (self.folder, self.folder / "web", self.folder / "web" / "images"):
+                remove_leftovers(folder)
             save_config(dataclasses.replace(self.config, continue_train=False), self.folder / CONFIG_FILE)
         except OSError as error:
             raise UsageError(f"{self.folder}: cannot be written: {error.strerror}") from error
@@ -235,15 +258,41 @@ class _Run:
         if not self.config.no_tensorboard and (missing := tensorboard_missing()):
             self.observer.noted(missing)
 
+    def _next_batches(self, batches: Iterator[Sample]) -> list[Sample]:
+        """Those of a step. Where a file cannot be used all processes save what they have and end."""
+        found: list[Sample] = []
+        failure: InputError | None = None
+        try:
+            for _ in range(self.config.accumulate):
+                found.append(next(batches))
+                self._check_size(found[-1])
+        except InputError as error:
+            failure = error
+        if self.place.any(failure is not None):
+            if self.step:
+                self._save("latest")
+            raise failure or InputError("another process of this run names a file that cannot be used")
+        return found
+
+    def _check_size(self, batch: Sample) -> None:
+        least = self.objective.least
+        for picture in batch.values():
+            height, width = picture.shape[2:]
+            if min(height, width) < least:
+                raise InputError(
+                    f"pictures of {width}x{height} pixels after --preprocess {self.config.preprocess}; these "
+                    f"networks need sides of at least {least}"
+                )
+
     def _one_step(
-        self, batches: Iterator[Sample], recorder: Recorder | None, stop: bool
+        self, batches: Sequence[Sample], recorder: Recorder | None, stop: bool
     ) -> tuple[Mapping[str, float], bool]:
         began = time.perf_counter()
         config, epoch = self.config, self.step // self.order.steps + 1
         if epoch != self.epoch:
             self.objective.start_epoch(epoch)
             self.epoch = epoch
-        terms = self.objective.step([next(batches) for _ in range(config.accumulate)])
+        terms = self.objective.step(batches)
         # One exchange: losses as all processes have them, and whether any of them was told to stop.
         told = torch.stack([*terms.values(), torch.tensor(float(stop), device=self.place.device)])
         *values, stopping = self.place.mean(told).tolist()
@@ -253,10 +302,11 @@ class _Run:
         seconds = time.perf_counter() - began
         self.observer.stepped(epoch, self.step, losses, seconds)
         if recorder is not None:
-            if self._due(config.print_freq):
-                recorder.losses(epoch, self.step, losses, seconds, config.learning_rate(epoch))
-            if self._due(config.display_freq) or self.step == self.steps:
-                recorder.examples(epoch, self.step, self.objective.pictures())
+            with _writing(self.folder):
+                if self._due(config.print_freq):
+                    recorder.losses(epoch, self.step, losses, seconds, config.learning_rate(epoch))
+                if self._due(config.display_freq) or self.step == self.steps:
+                    recorder.examples(epoch, self.step, self.objective.pictures())
         end_of_epoch = self.step % self.order.steps == 0
         if end_of_epoch and (epoch % config.save_epoch_freq == 0 or epoch == config.epochs):
             self._save(str(epoch), "latest")
@@ -266,8 +316,7 @@ class _Run:
 
     def _due(self, pictures: int) -> bool:
         """Whether this step brought the run past a multiple of so many pictures."""
-        size = self.order.step_size
-        return self.step * size // pictures > (self.step - 1) * size // pictures
+        return reaches(pictures, self.step, self.order.step_size)
 
     def _check_losses(self, losses: Mapping[str, float], epoch: int) -> None:
         for name, value in losses.items():
@@ -277,14 +326,17 @@ class _Run:
     def _why(self, what: str) -> str:
         last = f"the last good checkpoint is {self.state_file} of step {self.saved}"
         remedy = "go on from it with --continue-train and a lower --lr"
-        if not self.state_file.exists():
+        if self.saved is None:
             last, remedy = "no checkpoint was saved before", "use a lower --lr"
         amp = ", or with --amp bfloat16" if self.config.amp == "float16" else ""
         return f"training diverged: {what}; {last}; {remedy}{amp}"
 
     def _save(self, *labels: str) -> None:
-        """The networks as others read them, then the state to go on from: what it covers is all there."""
-        if self.saved == self.step and self.state_file.exists():
+        """The networks as others read them, then the state to go on from: what it covers is all there.
+
+        The first time the other way round, so that networks without a state are never a run that was killed.
+        """
+        if self.saved == self.step:
             return
         if broken := self.objective.broken():
             raise Diverged(self._why(f"net_{broken} has values that are not finite after step {self.step}"))
@@ -298,10 +350,39 @@ class _Run:
                 "processes": processes,
                 **self.objective.state(),
             }
+            if self.saved is None:
+                storage.save(state, self.state_file, durable=True)
             for label in labels:
                 storage.save_networks(self.folder, label, self.objective.weights())
-            storage.save(state, self.state_file, durable=True)
+            if self.saved is not None:
+                storage.save(state, self.state_file, durable=True)
         self.saved = self.step
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """Tells apart what has been in a file's place; None if there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Raises UsageError where a disk does not take a file."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or folder}: cannot be written: {error.strerror or error}; what was saved "
+            "before is still whole"
+        ) from error
+
+
+def _check_crop(config: Config, least: int) -> None:
+    if "crop" in config.preprocess and config.crop_size < least:
+        raise UsageError(f"--crop-size {config.crop_size}: these networks need sides of at least {least}")
 
 
 def _set_up_torch(config: Config) -> None:

@@ -70,7 +70,7 @@ def test_what_a_run_writes(tiny: Tiny) -> None:
         for step in (4, 8)
         for name in ("real_A", "fake_B", "real_B")
     }
-    others = {"config.json", "latest_state.pth", "loss_log.txt", "web/index.html"}
+    others = {".lock", "config.json", "latest_state.pth", "loss_log.txt", "web/index.html"}
     assert written == nets | pictures | others
     log = (folder / "loss_log.txt").read_text().splitlines()
     assert len(log) == 4 and log[0].startswith("(epoch: 1, step: 2, ") and "G_L1: " in log[0]
