@@ -228,6 +228,8 @@ class ChainFinder:
                 if chain.residual is not None or not self._residual(chain, call):
                     return
             elif call.kind == "act":
+                if chain.norm is None and not call.inplace and any(map(self._writes, node.users)):
+                    return  # PyTorch's backward pass reads what the activation is given, ours its result
                 chain.act = call.options["act"]
             else:
                 return

@@ -291,10 +291,16 @@ def base_kind(module: nn.Module) -> type[nn.Module]:
     return kind
 
 
+# What users replace on a module itself, for seamless tiles say.
+_PATCHES = frozenset(("forward", "_conv_forward", "_output_padding", "_check_input_dim"))
+
+
 def describe_module(module: nn.Module, x: Any) -> Call | None:
     """What a module does to ``x``, or None for one that no kernel of ours knows."""
     kind = base_kind(module)
     m: Any = module
+    if not _PATCHES.isdisjoint(module.__dict__):
+        return None
     if kind in (nn.Conv2d, nn.ConvTranspose2d):
         return Call("conv", x, {"transposed": kind is nn.ConvTranspose2d}, layer=module)
     if kind in (nn.InstanceNorm2d, nn.BatchNorm2d, nn.GroupNorm) and kind is type(module):

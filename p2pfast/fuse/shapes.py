@@ -45,6 +45,23 @@ def is_channels_last(tensor: torch.Tensor) -> bool:
     return tensor.stride() == (c * h * w, 1, c * w, c) and tensor.stride() != (c * h * w, h * w, w, 1)
 
 
+def suggests_channels_last(tensor: torch.Tensor) -> bool:
+    """Whether PyTorch takes an image or a weight for channels_last, which it tells by the strides alone."""
+    least = 0
+    for dim in (1, 3, 2, 0):
+        size, stride = tensor.shape[dim], tensor.stride(dim)
+        if (
+            stride == 0
+            and dim == 1
+            or size == 0
+            or stride < least
+            or (dim == 0 and least == tensor.stride(1))
+        ):
+            return False
+        least = stride * max(size, 1)
+    return True
+
+
 def _like(tensor: torch.Tensor, height: int, width: int, channels: int | None = None) -> torch.Tensor:
     layout = torch.channels_last if is_channels_last(tensor) else torch.contiguous_format
     n, c = tensor.shape[:2]
@@ -59,7 +76,8 @@ def _conv(call: Call, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Ten
         return None
     if call.layer is not None:
         kernel, inside, outside = pair(m.kernel_size), m.in_channels, m.out_channels
-        dtype = next((p.dtype for p in m.parameters() if p.dim() == 4), x.dtype)
+        weight = next((p for p in m.parameters() if p.dim() == 4), None)
+        dtype = x.dtype if weight is None else weight.dtype
     elif isinstance(weight, torch.Tensor) and weight.dim() == 4:
         kernel, dtype = (weight.shape[2], weight.shape[3]), weight.dtype
         inside, outside = weight.shape[1] * int(m.groups), weight.shape[0]
@@ -80,7 +98,10 @@ def _conv(call: Call, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Ten
         return None
     if getattr(m, "padding_mode", "zeros") == "reflect" and (pad[0] >= x.shape[2] or pad[1] >= x.shape[3]):
         return None
-    return _like(x, size[0], size[1], outside)
+    either = suggests_channels_last(x) or (weight is not None and suggests_channels_last(weight))
+    layout = torch.channels_last if either else torch.contiguous_format
+    shape = (x.shape[0], outside, *size)
+    return torch.empty(shape, dtype=x.dtype, memory_format=layout, device="meta")
 
 
 class _Numbers:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import enum
+import functools
 import inspect
+import types
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
@@ -20,6 +26,52 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, slice, type(Ellipsis))
 _CPU = torch.device("cpu")
 _MOST_FAILURES = 64  # kinds of input that are remembered not to be traced
+
+
+_CONV = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
+_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+_NORM = ("eps", "momentum", "track_running_stats", "num_groups")
+#: Attributes of PyTorch's modules that a plan or a chain has read.
+_NUMBERS: dict[type, tuple[str, ...]] = {
+    nn.Conv2d: _CONV,
+    nn.ConvTranspose2d: _CONV,
+    nn.AvgPool2d: _POOL,
+    **dict.fromkeys((nn.InstanceNorm2d, nn.BatchNorm2d, nn.GroupNorm), _NORM),
+    **dict.fromkeys((nn.ReflectionPad2d, nn.ReplicationPad2d, nn.ZeroPad2d), ("padding",)),
+    **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout), ("p",)),
+    nn.LeakyReLU: ("negative_slope",),
+    nn.ELU: ("alpha",),
+    nn.GELU: ("approximate",),
+    nn.Upsample: ("size", "scale_factor", "mode", "align_corners"),
+}
+_OWN = frozenset(nn.Module().__dict__) | {"p2pfast_options", "_p2pfast"}
+_SIMPLE = (bool, int, float, str, complex, type(None), torch.dtype, torch.device)
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, functools.partial)
+_SPACES = (types.SimpleNamespace, argparse.Namespace)
+_LONGEST = 64  # items of a list of settings
+_NONE = object()  # what is no setting
+
+
+def settings(held: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The attributes that a network's code may depend on, to be compared with what they were; not what it may
+    change in every call."""
+    found = ((k, _setting(v)) for k, v in held.items() if k not in _OWN)
+    return [(k, v) for k, v in found if v is not _NONE]
+
+
+def _setting(value: Any) -> Any:
+    kind = type(value)
+    if kind in _SIMPLE or isinstance(value, (np.generic, enum.Enum)):
+        return value
+    if kind in _FUNCTIONS:
+        return id(value)
+    if kind in (tuple, list) and len(value) <= _LONGEST:
+        items = tuple(map(_setting, value))
+        return _NONE if _NONE in items else items
+    if kind in _SPACES or (kind is dict and len(value) <= _LONGEST):
+        named = vars(value) if kind in _SPACES else value
+        return tuple((k, v) for k, v in ((k, _setting(v)) for k, v in named.items()) if v is not _NONE)
+    return _NONE
 
 
 class CannotRun(Exception):
@@ -142,7 +194,10 @@ class ModuleSource:
         if state != self.state:
             self.modules = list(self.module.modules())
             self.state = self._state()
-            self.epoch = self.epochs.setdefault(self.state, len(self.epochs))
+            try:
+                self.epoch = self.epochs.setdefault(self.state, len(self.epochs))
+            except TypeError:  # a list in the place of a tuple
+                self.epoch = self.epochs.setdefault((repr(self.state),), len(self.epochs))
         return self.epoch
 
     def hooks(self) -> tuple[Any, ...]:
@@ -162,10 +217,10 @@ class ModuleSource:
                 parts.append(tuple(tuple(table) for table in tables))
             kind = type(module)
             if kind.__module__.startswith("torch.nn.modules."):
-                if isinstance(module, nn.modules.dropout._DropoutNd):
-                    parts.append(module.p)
+                # The number of attributes tells of a method that was replaced.
+                parts.append((len(held), *map(held.get, _NUMBERS.get(kind, ()))))
                 continue
-            parts += [(k, v) for k, v in held.items() if type(v) in (bool, int, float, str)]
+            parts += settings(held)
         return tuple(parts)
 
     def capture(self, arguments: Any, tensors: list[Any], dtype: torch.dtype | None) -> Captured:

@@ -50,6 +50,8 @@ def _placed(tensor: Tensor, like: Tensor) -> Tensor:
     """``tensor`` as PyTorch would have laid it out, which ``like`` tells."""
     if tensor.shape != like.shape or _lies_as(tensor, like.stride()):
         return tensor
+    if any(stride == 0 and size > 1 for size, stride in zip(like.shape, like.stride(), strict=True)):
+        return tensor  # an expanded tensor's values share memory, in which nothing can be written
     if like.is_contiguous():
         return tensor.contiguous()
     if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):

@@ -10,6 +10,7 @@ import builtins
 import contextlib
 import dis
 import functools
+import operator
 import random
 import sys
 import threading
@@ -23,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from p2pfast.fuse.layers import weight_hooks
-from p2pfast.fuse.operators import changes_in_place
+from p2pfast.fuse.operators import changes_in_place, describe_function, describe_module
 from p2pfast.fuse.shapes import UNKNOWN, Evaluator
 from p2pfast.labelmap import LabelMap
 
@@ -179,6 +180,24 @@ class _Value(fx.Proxy):
             own: Any = self
             return iter([own[i] for i in range(len(value))])
         return super().__iter__()
+
+
+#: What Python does for ``a += b`` and the like, and what computes the same in new memory.
+_IN_PLACE: dict[Any, Callable[..., Any]] = {
+    getattr(operator, f"i{name}"): getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
+}
+
+
+def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: _Value, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _function in _IN_PLACE:
+    setattr(_Value, f"__{_function.__name__}__", _recorded(_function))
 
 
 class _Factories(TorchFunctionMode):
@@ -484,6 +503,8 @@ def _trace(module: nn.Module, arguments: Any, dtype: torch.dtype | None) -> Trac
             failure = failure or why
         if failure is None:
             _refuse_changed_constants(graph, constants)
+            if not tracer.autocast:  # under which dtypes are not those that the trace knows
+                _leave_what_nobody_sees(graph, module, opaque)
             return Traced(module, graph, constants, opaque, tracer.spec)
         # What depends on values does so for TorchDynamo too.
         reason, guardable = _first_line(failure), not isinstance(failure, fx.proxy.TraceError)
@@ -503,6 +524,38 @@ def _placeholders(arguments: Any, placeholder: Callable[..., Any], dtype: torch.
         else:
             made.append(leaf)
     return pytree.tree_unflatten(made, spec)
+
+
+def _leave_what_nobody_sees(graph: fx.Graph, root: nn.Module, opaque: dict[int, str]) -> None:
+    """Makes ``a += b`` ``a + b`` where nothing else reads a, nor anything that shares its memory."""
+    for node in graph.nodes:
+        if node.target not in _IN_PLACE or not isinstance(node.args[0], fx.Node):
+            continue
+        left, right = node.args
+        if len(left.users) == 1 and _is_new(left, root, opaque) and _fits_in(right, left):
+            node.target = _IN_PLACE[node.target]
+
+
+def _is_new(node: fx.Node, root: nn.Module, opaque: dict[int, str]) -> bool:
+    """Whether a result has memory of its own."""
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        call = None if stays_whole(module, set(opaque)) else describe_module(module, node)
+    else:
+        call = describe_function(node) if node.op in ("call_function", "call_method") else None
+    return (
+        call is not None and not call.inplace and call.kind in ("act", "add", "cat", "conv", "norm", "pool")
+    )
+
+
+def _fits_in(right: Any, left: fx.Node) -> bool:
+    """Whether an operation on both has the left one's shape and dtype anyway."""
+    if not isinstance(right, fx.Node):
+        return isinstance(right, (int, float)) and not isinstance(right, bool)
+    a, b = left.meta.get("val"), right.meta.get("val")
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return False
+    return a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
 
 
 def _refuse_changed_constants(graph: fx.Graph, constants: dict[str, torch.Tensor]) -> None:

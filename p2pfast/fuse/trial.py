@@ -78,7 +78,8 @@ def unmarked(captured: Captured) -> Iterator[None]:
             torch.cuda.set_rng_state(of_gpu, gpu)
         with torch.no_grad():
             for buffer, before in kept:
-                buffer.copy_(before)
+                if not torch.equal(buffer, before):
+                    buffer.data.copy_(before)  # no change, to a backward pass that is still to come
 
 
 def plan_loses(
@@ -119,7 +120,7 @@ class Trial:
             return ways[-1]
         runs = [self._run(way) for way in ways]
         words, gpu = signature(self.captured, self.tensors), _gpu(self.captured, self.tensors)
-        with unmarked(self.captured), torch.enable_grad():
+        with torch.inference_mode(False), unmarked(self.captured), torch.enable_grad():
             try:
                 return measured.pick(("training", words), *runs, seconds=_SECONDS, device=gpu)
             except torch.OutOfMemoryError:  # one of the ways needs more than there is

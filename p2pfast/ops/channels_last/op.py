@@ -26,12 +26,12 @@ def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: of the result.
 
     Returns:
-        The values as channels_last; ``x`` itself if it is that already.
+        The values as channels_last; ``x`` itself if it is that already. The gradient of a contiguous ``x`` is
+        contiguous.
     """
     if x.dtype == dtype and x.is_contiguous(memory_format=torch.channels_last):
         return x
-    planes = x.dim() == 4 and x.stride(3) == 1 and x.shape[1] >= _LEAST
-    if not planes or x.dtype not in _DTYPES or dtype not in _DTYPES or not is_direct((x,)):
+    if x.dim() != 4 or not is_direct((x,)):
         return channels_last_reference(x, dtype)
     if torch.is_grad_enabled() and x.requires_grad:
         result: Tensor = _ChannelsLast.apply(x, dtype)
@@ -42,16 +42,20 @@ def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
 class _ChannelsLast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.dtype = x.dtype
+        ctx.dtype, ctx.contiguous = x.dtype, x.is_contiguous()
         return _run(x, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.to(ctx.dtype), None
+        grad = grad.to(ctx.dtype)
+        # Code that reads a gradient, a penalty's say, may take it for a view of rows, as the tensor is.
+        return grad.contiguous() if ctx.contiguous else grad, None
 
 
 def _run(x: Tensor, dtype: torch.dtype) -> Tensor:
     images, channels, height, width = x.shape
+    if x.stride(3) != 1 or channels < _LEAST or x.dtype not in _DTYPES or dtype not in _DTYPES:
+        return channels_last_reference(x, dtype)
     image_stride, channel_stride, row_stride, _ = x.stride()
     out = empty(x.shape, dtype, torch.channels_last)
     use_torch_threads()

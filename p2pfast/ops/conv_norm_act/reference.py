@@ -56,5 +56,6 @@ def update_running(
         if mean.dim() == 2:
             mean, variance = mean.mean(0), variance.mean(0)
         unbiased = variance * (values / max(values - 1, 1))
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+        # By data, as PyTorch's own norms: no backward pass reads what is changed, and none is to complain.
+        running_mean.data.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.data.lerp_(unbiased.to(running_var.dtype), momentum)
