@@ -54,6 +54,7 @@ class ChainFinder:
     def __init__(self, traced: Traced) -> None:
         self.traced = traced
         self.opaque = traced.opaque
+        self.autocast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
         self.order: dict[fx.Node, int] = {}
         self.writers: list[fx.Node] = []
         self.taken: set[fx.Node] = set()
@@ -244,8 +245,22 @@ class ChainFinder:
         a, b = other.meta.get("val"), chain.last.meta["val"]
         if not isinstance(a, torch.Tensor) or a.shape != b.shape or a.dtype != b.dtype:
             return False
+        if self.autocast and self._is_lowered(other) != self._is_lowered(chain.last):
+            return False  # the sum has the wider dtype, the chain its convolution's
         chain.residual = other
         return True
+
+    def _is_lowered(self, node: Any) -> bool:
+        """Whether autocast has lowered a value: a convolution's result, and what comes of such alone."""
+        while isinstance(node, fx.Node):
+            call = self.call(node)
+            if call is None or call.kind == "conv":
+                return call is not None
+            if call.kind in ("add", "cat"):
+                parts = [call.x, call.options["other"]] if call.kind == "add" else call.x
+                return all(self._is_lowered(part) for part in parts if isinstance(part, fx.Node))
+            node = call.x
+        return False
 
     def _written_between(self, chain: Chain, node: fx.Node) -> bool:
         """Whether something is changed in place, or gradients switched, before the chain's step, which runs

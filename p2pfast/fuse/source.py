@@ -49,6 +49,7 @@ _SIMPLE = (bool, int, float, str, complex, type(None), torch.dtype, torch.device
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, functools.partial)
 _SPACES = (types.SimpleNamespace, argparse.Namespace)
 _LONGEST = 64  # items of a list of settings
+_DEEPEST = 4  # settings within settings
 _NONE = object()  # what is no setting
 
 
@@ -59,18 +60,21 @@ def settings(held: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(k, v) for k, v in found if v is not _NONE]
 
 
-def _setting(value: Any) -> Any:
+def _setting(value: Any, depth: int = 0) -> Any:
     kind = type(value)
     if kind in _SIMPLE or isinstance(value, (np.generic, enum.Enum)):
         return value
     if kind in _FUNCTIONS:
         return id(value)
+    if depth == _DEEPEST:
+        return _NONE
     if kind in (tuple, list) and len(value) <= _LONGEST:
-        items = tuple(map(_setting, value))
-        return _NONE if _NONE in items else items
+        items = tuple(_setting(v, depth + 1) for v in value)
+        return _NONE if any(item is _NONE for item in items) else items
     if kind in _SPACES or (kind is dict and len(value) <= _LONGEST):
         named = vars(value) if kind in _SPACES else value
-        return tuple((k, v) for k, v in ((k, _setting(v)) for k, v in named.items()) if v is not _NONE)
+        found = ((k, _setting(v, depth + 1)) for k, v in named.items() if isinstance(k, _SIMPLE))
+        return tuple((k, v) for k, v in found if v is not _NONE)
     return _NONE
 
 

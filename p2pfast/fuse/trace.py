@@ -189,6 +189,9 @@ _IN_PLACE: dict[Any, Callable[..., Any]] = {
 }
 
 
+_MAKES_NEW = ("act", "add", "cat", "conv", "norm", "pool")
+
+
 def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: _Value, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", function, (self, other), {})
@@ -527,25 +530,32 @@ def _placeholders(arguments: Any, placeholder: Callable[..., Any], dtype: torch.
 
 
 def _leave_what_nobody_sees(graph: fx.Graph, root: nn.Module, opaque: dict[int, str]) -> None:
-    """Makes ``a += b`` ``a + b`` where nothing else reads a, nor anything that shares its memory."""
+    """Makes ``a += b`` ``a + b`` where nothing reads a later, nor anything that shares its memory.
+
+    So a block's sum is fused, and may follow a layer that keeps a for its backward pass.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         if node.target not in _IN_PLACE or not isinstance(node.args[0], fx.Node):
             continue
         left, right = node.args
-        if len(left.users) == 1 and _is_new(left, root, opaque) and _fits_in(right, left):
+        if not _is_new(left, root, opaque) or not _fits_in(right, left):
+            continue
+        others = [user for user in left.users if user is not node]
+        if all(order[user] < order[node] and _is_new(user, root, opaque) for user in others):
             node.target = _IN_PLACE[node.target]
 
 
 def _is_new(node: fx.Node, root: nn.Module, opaque: dict[int, str]) -> bool:
-    """Whether a result has memory of its own."""
+    """Whether a result has memory of its own, and shares none with an argument."""
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         call = None if stays_whole(module, set(opaque)) else describe_module(module, node)
     else:
         call = describe_function(node) if node.op in ("call_function", "call_method") else None
-    return (
-        call is not None and not call.inplace and call.kind in ("act", "add", "cat", "conv", "norm", "pool")
-    )
+    if call is None or call.inplace:
+        return False
+    return any(call.options["pad"]) if call.kind == "pad" else call.kind in _MAKES_NEW
 
 
 def _fits_in(right: Any, left: fx.Node) -> bool:

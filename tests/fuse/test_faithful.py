@@ -100,14 +100,34 @@ def residual(net: Any, x: Tensor) -> Any:
     return F.relu(y)
 
 
+CODES = [doubled_slice, kept_then_changed, changes_its_input, residual]
+CODES += [changed_after_an_activation]
+
+
 @pytest.mark.parametrize("mode", ["train", "inference"])
-@pytest.mark.parametrize(
-    "code", [doubled_slice, kept_then_changed, changes_its_input, changed_after_an_activation, residual]
-)
+@pytest.mark.parametrize("code", CODES)
 def test_assignments_in_place(code: Callable[..., Any], mode: str) -> None:
     a = conv() if code is changed_after_an_activation else normed()
     net = Net(code, a=a, b=conv(8, 8), c=conv())
     same(net, p2pfast.optimize(net, mode=mode), mode == "train")
+
+
+def test_a_sum_may_replace_what_a_layer_has_read() -> None:
+    """Nothing sees the difference: PyTorch itself would not go back through it."""
+
+    def sums(net: Any, x: Tensor) -> Any:
+        x = net.b(net.a(x))
+        x += net.d(x)
+        x += net.d(x)
+        return x
+
+    def plain(net: Any, x: Tensor) -> Any:
+        x = net.b(net.a(x))
+        x = x + net.d(x)
+        return x + net.d(x)
+
+    layers = {"a": normed(), "b": conv(8, 8), "d": nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(8, 8, 3))}
+    same(Net(plain, **layers), p2pfast.optimize(Net(sums, **layers), mode="train"))
 
 
 def test_an_addition_that_nobody_else_sees_is_fused() -> None:
@@ -148,6 +168,7 @@ def test_settings_that_change_between_calls(change: Callable[[Any], None], mode:
         {"gain": [1.5]},
         F.relu,
     )
+    net.options.itself = net.options
     fast = p2pfast.optimize(net, mode=mode)
     with torch.no_grad():
         first = fast(X)
@@ -156,6 +177,22 @@ def test_settings_that_change_between_calls(change: Callable[[Any], None], mode:
         change(fast)
         torch.testing.assert_close(fast(X), net(X), rtol=1e-4, atol=1e-5)
         assert not torch.allclose(fast(X), first, atol=1e-3)
+
+
+def test_autocast_adds_in_the_wider_dtype() -> None:
+    def code(net: Any, x: Tensor) -> Any:
+        inner = net.a(x)
+        return x + net.b(inner), inner + net.c(inner)
+
+    net = Net(code, a=normed(4, 4), b=conv(4, 4), c=normed(4, 4))
+    fast = p2pfast.optimize(net, mode="train")
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = fast(X), copy.deepcopy(net)(X)
+    assert [t.dtype for t in found] == [t.dtype for t in expected] == [torch.float32, torch.bfloat16]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
+    details = [row.detail.split()[0] for row in p2pfast.explain(fast).rows if row.kernel == "training"]
+    assert details == ["conv+norm", "conv", "conv+norm+residual"]
 
 
 def test_a_gradient_lies_as_its_input() -> None:
