@@ -36,7 +36,14 @@ from p2pfast.fuse.graph import (
     map_views,
 )
 from p2pfast.fuse.layers import ConvLayer, NormLayer, attribute, computed_weight
-from p2pfast.fuse.operators import Call, changes_in_place, describe_function, describe_module, pair
+from p2pfast.fuse.operators import (
+    Call,
+    changes_in_place,
+    describe_function,
+    describe_module,
+    makes_new,
+    pair,
+)
 from p2pfast.fuse.shapes import is_channels_last
 from p2pfast.fuse.trace import Traced, has_hooks
 from p2pfast.labelmap import LabelMap
@@ -80,11 +87,6 @@ _PURE = {
     ),
     *("type_as", "unsqueeze", "var", "vdot", "vector_norm", "view"),
 }
-
-_NEW_MODULES = tuple(
-    f"torch.nn.modules.{name}"
-    for name in ("conv", "batchnorm", "instancenorm", "normalization", "linear", "pooling", "upsampling")
-)
 
 
 class Matcher:
@@ -663,17 +665,9 @@ class Matcher:
             self.copies.clear()
 
     def _makes_new(self, node: fx.Node) -> bool:
-        """Whether an operation returns memory of its own that shares nothing with its arguments."""
-        if node.op == "call_module":
-            module = self._module(node)
-            if id(module) in self.whole or has_hooks(module) or getattr(module, "inplace", False):
-                return False
-            return type(module).__module__.startswith(_NEW_MODULES)
-        call = describe_function(node)
-        if call is not None:
-            return call.kind in ("conv", "norm", "pool", "add", "cat", "act")
-        name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
-        return name in ("mul", "truediv", "div", "sub", "pow", "exp", "log", "matmul", "linear", "randn_like")
+        module = self._module(node) if node.op == "call_module" else None
+        followed = module is not None and id(module) not in self.whole and not has_hooks(module)
+        return makes_new(node, module if followed else None)
 
 
 class _Relayout:

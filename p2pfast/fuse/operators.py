@@ -326,3 +326,33 @@ def describe_module(module: nn.Module, x: Any) -> Call | None:
     if act is not None:
         return Call("act", x, {"act": act}, layer=module, inplace=bool(getattr(module, "inplace", False)))
     return None
+
+
+_NEW_KINDS = ("act", "add", "cat", "conv", "norm", "pool")
+_NEW_MODULES = tuple(
+    f"torch.nn.modules.{name}"
+    for name in ("conv", "batchnorm", "instancenorm", "normalization", "linear", "pooling", "upsampling")
+)
+_NEW_FUNCTIONS = "mul truediv div sub pow exp log matmul linear randn_like".split()
+
+
+def makes_new(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether an operation returns memory of its own, which it shares with no argument.
+
+    ``module`` is the one that a node calls; None if what that does cannot be told.
+    """
+    if node.op not in ("call_module", "call_function", "call_method"):
+        return False
+    if node.op == "call_module":
+        if module is None or getattr(module, "inplace", False):
+            return False
+        call = describe_module(module, node)
+    else:
+        call = describe_function(node)
+    if call is not None:
+        new = any(call.options["pad"]) if call.kind == "pad" else call.kind in _NEW_KINDS
+        return new and not call.inplace
+    if module is not None:
+        return _PATCHES.isdisjoint(module.__dict__) and type(module).__module__.startswith(_NEW_MODULES)
+    name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
+    return name in _NEW_FUNCTIONS

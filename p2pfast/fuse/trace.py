@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from p2pfast.fuse.layers import weight_hooks
-from p2pfast.fuse.operators import changes_in_place, describe_function, describe_module
+from p2pfast.fuse.operators import changes_in_place, makes_new
 from p2pfast.fuse.shapes import UNKNOWN, Evaluator
 from p2pfast.labelmap import LabelMap
 
@@ -187,9 +187,6 @@ _IN_PLACE: dict[Any, Callable[..., Any]] = {
     getattr(operator, f"i{name}"): getattr(operator, name)
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
 }
-
-
-_MAKES_NEW = ("act", "add", "cat", "conv", "norm", "pool")
 
 
 def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -547,15 +544,9 @@ def _leave_what_nobody_sees(graph: fx.Graph, root: nn.Module, opaque: dict[int, 
 
 
 def _is_new(node: fx.Node, root: nn.Module, opaque: dict[int, str]) -> bool:
-    """Whether a result has memory of its own, and shares none with an argument."""
-    if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
-        call = None if stays_whole(module, set(opaque)) else describe_module(module, node)
-    else:
-        call = describe_function(node) if node.op in ("call_function", "call_method") else None
-    if call is None or call.inplace:
-        return False
-    return any(call.options["pad"]) if call.kind == "pad" else call.kind in _MAKES_NEW
+    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    followed = module is not None and not stays_whole(module, set(opaque))
+    return makes_new(node, module if followed else None)
 
 
 def _fits_in(right: Any, left: fx.Node) -> bool:
